@@ -1,0 +1,256 @@
+"""The command line: `python -m roi_lib exam|osmckp|train|bench|doctor`.
+
+Whatever a user can get wrong ends in one sentence on standard error and exit status 2.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from roi_lib.files import write_json
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse an output file that cannot be written before the work starts."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of --out does not exist: {path.parent}")
+    if path is not None and path.is_dir():
+        raise ValueError(f"--out names a folder: {path}")
+
+
+def exam(args) -> None:
+    """Sit papers in three orders under each budget."""
+    from roi_lib.evaluation import exam_table, run_method
+    from roi_lib.exams import draw_papers
+    from roi_lib.manifests import make_manifest, read_manifest, restore_papers
+    from roi_lib.sources import load_jsonl
+    from roi_lib.worlds import get_world
+
+    check_writable(args.out)
+    check_writable(args.write_papers)
+    check_writable(args.plot)
+    world = get_world(args.world)
+    for name in args.methods:
+        world.method(name)
+    own = load_jsonl(args.problems) if args.problems else None
+    if args.papers:
+        manifest = read_manifest(args.papers)
+        if manifest.world != world.name:
+            raise ValueError(f"{args.papers} holds papers of the world {manifest.world}; "
+                             f"give --world {manifest.world}")
+        papers, args.seed = restore_papers(manifest, args.data, own), manifest.seed
+    else:
+        papers = draw_papers(world, args.exams, args.problems_per_exam, "test", args.seed,
+                             args.data, own)
+    if args.write_papers:
+        write_json(args.write_papers, asdict(make_manifest(world, papers, "test", args.seed)))
+        print(f"wrote {args.write_papers}")
+    choice = engine_choice(args)
+    records = []
+    for name in args.methods:
+        records += run_method(world, name, papers, args.budgets or world.budgets, args.model,
+                              args.temperature, args.seed, args.tokenizer, choice)
+    print(exam_table(records))
+    report_failures(args, records)
+    if args.out:
+        write_json(args.out, records)
+        print(f"wrote {args.out}")
+    if args.plot:
+        from roi_lib.plots import tokens_by_position, use_style
+
+        use_style()
+        first = [record for record in records if record["method"] == args.methods[0]]
+        tokens_by_position(first).savefig(args.plot)
+        print(f"wrote {args.plot}")
+
+
+def engine_choice(args):
+    """The engine that the options of `exam` name."""
+    from roi_lib.evaluation import EngineChoice
+
+    options = {}
+    if args.engine == "openai":
+        options = {"base_url": args.base_url, "api": args.api, "key_variable": args.key_variable,
+                   "concurrency": args.concurrency, "retries": args.retries,
+                   "timeout": args.timeout}
+    return EngineChoice(args.engine, options, args.log, args.progress or None)
+
+
+def report_failures(args, records) -> None:
+    """What a server charged, and whether it left responses out."""
+    from roi_lib.engines import Usage
+
+    for record in records:
+        if "usage" in record:
+            print(f"{record['method']}: {Usage(**record['usage']).report(*args.price)}")
+    failed = sum(record["failed"] for record in records)
+    if failed:
+        remedy = "run the same command again" if args.log else "use --log to keep the others"
+        print(f"warning: {failed} responses failed and count as empty; {remedy}", file=sys.stderr)
+
+
+def osmckp(args) -> None:
+    """Solve one instance exactly."""
+    from roi_lib.osmckp import solve_document
+
+    try:
+        document = json.loads(args.instance.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{args.instance} is not JSON: {error}") from error
+    print(json.dumps(solve_document(document), indent=1))
+
+
+def train_pretrain(args) -> None:
+    """Pre-train the pocket base model."""
+    from roi_lib.pretrain import PretrainConfig, pretrain
+    from roi_lib.worlds import get_world
+
+    config = PretrainConfig(seed=args.seed, **({"steps": args.steps} if args.steps else {}))
+    pretrain(get_world(args.world), args.out, args.work, config)
+
+
+def train_tokenizer(args) -> None:
+    """Make a world's own tokenizer."""
+    from roi_lib.tokenizer import make_tokenizer
+    from roi_lib.worlds import DATA, get_world
+
+    world = get_world(args.world)
+    make_tokenizer(world, args.out or DATA / world.tokenizer, args.data)
+
+
+def bench_osmckp(args) -> None:
+    """Time the exact solver beside a mixed-integer program."""
+    from roi_lib.bench_osmckp import bench
+
+    run_bench(bench, args.out)
+
+
+def bench_generation(args) -> None:
+    """Time the torch engine beside transformers' generate and vLLM."""
+    from roi_lib.bench_generation import bench
+
+    run_bench(bench, args.out)
+
+
+def run_bench(bench, out: Path | None) -> None:
+    """Print what a benchmark measures, and write it to `out` if given."""
+    check_writable(out)
+    result = bench()
+    print(json.dumps(result, indent=1))
+    if out:
+        write_json(out, result)
+
+
+def doctor(args) -> None:
+    """Check the environment."""
+    from roi_lib.doctor import check_environment
+
+    if not check_environment():
+        sys.exit(1)
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of whole numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return text.split(",")
+
+
+def prices(text: str) -> list[float]:
+    """Two prices per million tokens: in, out."""
+    price_in, price_out = (float(part) for part in text.split(","))
+    return [price_in, price_out]
+
+
+def add_engine_options(command) -> None:
+    """The options of `exam` that choose who answers."""
+    command.add_argument("--engine", default="torch", help="torch, vllm, openai or replay")
+    command.add_argument("--log", type=Path, help="folder of run logs; a run found there goes on")
+    command.add_argument("--progress", type=float, default=10.0,
+                         help="seconds between progress lines on standard error; 0 for none")
+    command.add_argument("--base-url", help="openai: address of the server, up to /v1")
+    command.add_argument("--api", default="completions",
+                         help="openai: completions (token ids, as vLLM serves them) or chat")
+    command.add_argument("--key-variable", default="OPENAI_API_KEY",
+                         help="openai: environment variable that holds the API key")
+    command.add_argument("--concurrency", type=int, default=8, help="openai: requests at a time")
+    command.add_argument("--retries", type=int, default=4, help="openai: further tries")
+    command.add_argument("--timeout", type=float, default=120.0, help="openai: seconds a try")
+    command.add_argument("--price", type=prices, default=[0.0, 0.0],
+                         help="openai: per million tokens, in and out, as 0.15,0.60")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m roi_lib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(group, name, run):
+        command = group.add_parser(name, help=run.__doc__.splitlines()[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        return command
+
+    command = add(commands, "exam", exam)
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--methods", type=names, default=["base"], help="comma-separated")
+    command.add_argument("--budgets", type=numbers, help="tokens, comma-separated; the world's own")
+    command.add_argument("--exams", type=int, default=512, help="number of papers")
+    command.add_argument("--problems-per-exam", type=int, default=3, help="problems a paper")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    command.add_argument("--seed", type=int, default=0, help="of papers, sampling and bootstrap")
+    command.add_argument("--model", help="checkpoint folder or hub id instead of the method's own")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    command.add_argument("--problems", type=Path, help="JSON Lines of {problem, answer, tier}")
+    command.add_argument("--papers", type=Path, help="sit this manifest's papers, with its seed")
+    command.add_argument("--write-papers", type=Path, help="write the papers' manifest (JSON)")
+    command.add_argument("--tokenizer", help="folder or hub id, where it is not the checkpoint's")
+    add_engine_options(command)
+    command.add_argument("--out", type=Path, help="JSON file for the records")
+    command.add_argument("--plot", type=Path, help="picture of the first method's tokens (PNG)")
+
+    command = add(commands, "osmckp", osmckp)
+    command.add_argument("instance", type=Path, help="JSON file")
+
+    stages = commands.add_parser("train", help="Train a stage.").add_subparsers(
+        required=True, metavar="stage")
+    command = add(stages, "pretrain", train_pretrain)
+    command.add_argument("--world", default="pocket", help="a world of generated problems")
+    command.add_argument("--steps", type=int, help="optimizer steps; the recipe's own")
+    command.add_argument("--seed", type=int, default=0, help="of weights and data")
+    command.add_argument("--work", type=Path, default=Path("runs/pretrain"),
+                         help="training state and log; a run found there is continued")
+    command.add_argument("--out", type=Path, default=Path("data/pocket-base"), help="checkpoint")
+    command = add(stages, "tokenizer", train_tokenizer)
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    command.add_argument("--out", type=Path, help="folder; the world's own below data/")
+
+    benches = commands.add_parser("bench", help="Measure side by side.").add_subparsers(
+        required=True, metavar="what")
+    command = add(benches, "osmckp", bench_osmckp)
+    command.add_argument("--out", type=Path, help="JSON file")
+    command = add(benches, "generation", bench_generation)
+    command.add_argument("--out", type=Path, help="JSON file")
+
+    add(commands, "doctor", doctor)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command."""
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

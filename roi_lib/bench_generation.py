@@ -1,0 +1,172 @@
+"""Times the torch engine beside transformers' `generate` and vLLM, on the same exam rollouts.
+
+Run as `python -m roi_lib bench generation --out FILE`. The work is that of a training step: papers
+in the hard order, 16 rollouts each, sampled at temperature 1 under B=128 with the pocket model in
+float32; 256 rollouts in all. A second measurement has 256 papers and one rollout each, so that no
+prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike;
+vLLM comes last, in a process of its own. Speeds are medians over the repeats, in response tokens a
+second, prefill included.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from roi_lib.checkpoints import load_model, load_tokenizer
+from roi_lib.engines import make_engine, vllm_installed
+from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
+from roi_lib.generation import Request, TorchGenerator
+from roi_lib.worlds import POCKET, World
+
+BUDGET, ROWS, GROUP = 128, 256, 16
+
+
+def exam_requests(world: World, tokenizer, papers: int, n: int) -> list[Request]:
+    """`n` rollouts of each of `papers` papers in the hard order."""
+    exams = [Exam(order_problems(paper, "hard", str(i)), "hard")
+             for i, paper in enumerate(draw_papers(world, papers, seed=1))]
+    prompts = [encode_prompt(tokenizer, exam_prompt(world, exam, BUDGET)) for exam in exams]
+    return [Request(tuple(prompt), BUDGET, (0, i), n) for i, prompt in enumerate(prompts)]
+
+
+def engine_tokens(engine, requests: Sequence[Request]) -> int:
+    """Response tokens of one run of an engine."""
+    return sum(len(r.ids) for group in engine.generate(requests) for r in group)
+
+
+@torch.inference_mode()
+def hf_tokens(model, tokenizer, requests: Sequence[Request]) -> int:
+    """The same by transformers' own `generate`, all rows in one batch."""
+    prompts = [r.prompt for r in requests for _ in range(r.n)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0,
+                         top_k=0, top_p=1.0, max_new_tokens=BUDGET,
+                         pad_token_id=tokenizer.pad_token_id)[:, width:]
+    ended = (out == tokenizer.eos_token_id).long().cumsum(1)
+    return int(((ended == 0) | ((ended == 1) & (out == tokenizer.eos_token_id))).sum())
+
+
+def serve_vllm() -> None:
+    """Answer each line "PAPERS N" on standard input with tokens and seconds (a process apart).
+
+    vLLM sets threads and memory of the process it lives in, so it gets one of its own.
+    """
+    tokenizer = load_tokenizer(POCKET.tokenizer)
+    engine = make_engine("vllm", "pocket-base", tokenizer, "float32", chunk=ROWS)
+    for line in sys.stdin:
+        requests = exam_requests(POCKET, tokenizer, *map(int, line.split()))
+        start = time.perf_counter()
+        tokens = engine_tokens(engine, requests)
+        print("result", json.dumps([tokens, time.perf_counter() - start]), flush=True)
+
+
+class VLLMWorker:
+    """The other end of `serve_vllm`."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "roi_lib.bench_generation"], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def run(self, papers: int, n: int) -> tuple[int, float]:
+        """Tokens and seconds of one run.
+
+        Raises:
+            RuntimeError: vLLM did not start.
+        """
+        self.process.stdin.write(f"{papers} {n}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("result "):
+                return tuple(json.loads(line.removeprefix("result ")))
+        raise RuntimeError("vLLM did not start; see: python -m roi_lib exam --engine vllm")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timed(work, *arguments) -> tuple[int, float]:
+    """Tokens and seconds of one call."""
+    start = time.perf_counter()
+    return work(*arguments), time.perf_counter() - start
+
+
+def shares(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, float]:
+    """Where the time of one run of the torch engine goes: seconds of its parts."""
+    parts = {"prefill": "_prefill", "choose": "_choose"}
+    seconds = dict.fromkeys(["decode", *parts], 0.0)
+
+    def clocked(name, function):
+        def call(*arguments, **options):
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            seconds[name] += time.perf_counter() - start
+            return result
+        return call
+
+    for name, method in parts.items():
+        setattr(engine, method, clocked(name, getattr(engine, method)))
+    total = timed(engine_tokens, engine, requests)[1]
+    for method in parts.values():
+        delattr(engine, method)
+    seconds["decode"] = total - seconds["prefill"] - seconds["choose"]
+    return {name: value / total for name, value in seconds.items()}
+
+
+def speeds_of(runs: dict, repeats: int) -> dict[str, list[float]]:
+    """Tokens per second of each repeat; the engines take turns, after a round to warm up."""
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            tokens, seconds = run()
+            if repeat:
+                speeds[name].append(tokens / seconds)
+    return speeds
+
+
+def summary(speeds: dict[str, list[float]]) -> dict:
+    """Medians, ranges, and torch's ratio to the others (None: not installed)."""
+    median = {name: float(np.median(s)) if s else None for name, s in speeds.items()}
+    return {"tokens_per_second": median,
+            "ratio": {name: speed and median["torch"] / speed
+                      for name, speed in median.items() if name != "torch"},
+            "range": {name: [min(s), max(s)] if s else None for name, s in speeds.items()}}
+
+
+def bench(repeats: int = 5) -> dict:
+    """All measurements as one JSON-ready dict; a few minutes."""
+    tokenizer = load_tokenizer(POCKET.tokenizer)
+    model = load_model("pocket-base", "float32")
+    engine = TorchGenerator.of(model, tokenizer)
+    shapes = {"shared": (ROWS // GROUP, GROUP), "apart": (ROWS, 1)}
+    speeds = {}
+    for name, shape in shapes.items():
+        requests = exam_requests(POCKET, tokenizer, *shape)
+        speeds[name] = speeds_of({
+            "torch": lambda r=requests: timed(engine_tokens, engine, r),
+            "hf_generate": lambda r=requests: timed(hf_tokens, model, tokenizer, r)}, repeats)
+        speeds[name]["vllm"] = []
+    if vllm_installed():  # last, and gone before any other: its idle workers take time, too
+        worker = VLLMWorker()
+        try:
+            for name, shape in shapes.items():
+                speeds[name] |= speeds_of({"vllm": lambda s=shape: worker.run(*s)}, repeats)
+        finally:
+            worker.close()
+    requests = exam_requests(POCKET, tokenizer, *shapes["shared"])
+    return summary(speeds["shared"]) | {
+        "one_rollout_a_paper": summary(speeds["apart"]), "time_shares": shares(engine, requests),
+        "rollouts": ROWS, "budget": BUDGET, "dtype": "float32", "repeats": repeats,
+        "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    serve_vllm()

@@ -1,0 +1,229 @@
+"""Exercises that check themselves: `check("01.1", answer)` prints one line.
+
+    [ ] 01.1: not answered yet          the answer is still `...`
+    [PASS] 01.1
+    [TRY AGAIN] 01.1: a hint            the answer is wrong (or your function raised an error)
+
+A checker is a function answer -> None (right) or a hint (wrong). It works out the truth from the
+library on cases of its own, so there is no solution to read here. To add one:
+
+    @exercise("07.2")
+    def _(answer): ...
+"""
+
+import numpy as np
+
+from roi_lib import osmckp
+
+EXERCISES = {}
+
+
+class NotAnswered(Exception):
+    """The reader's function still returns `...` or None."""
+
+
+def exercise(exercise_id):
+    """Decorator that registers a checker under `exercise_id`, such as "01.1"."""
+    def register(checker):
+        if exercise_id in EXERCISES:
+            raise ValueError(f"exercise {exercise_id} is registered twice")
+        EXERCISES[exercise_id] = checker
+        return checker
+    return register
+
+
+def check(exercise_id, answer):
+    """Print whether `answer` solves the exercise. Raises ValueError for an unknown id."""
+    if exercise_id not in EXERCISES:
+        raise ValueError(f"no exercise {exercise_id!r}; there are {', '.join(sorted(EXERCISES))}")
+    try:
+        if answer is ... or answer is None:
+            raise NotAnswered
+        hint = EXERCISES[exercise_id](answer)
+    except NotAnswered:
+        print(f"[ ] {exercise_id}: not answered yet")
+        return
+    except Exception as error:  # whatever the reader's code raises is theirs to read
+        hint = " ".join(f"your answer raised {type(error).__name__}: {error}".split())
+    print(f"[TRY AGAIN] {exercise_id}: {hint}" if hint else f"[PASS] {exercise_id}")
+
+
+def ask(function, *args):
+    """Call the reader's function; NotAnswered if it returns `...` or None."""
+    if not callable(function):
+        raise TypeError("need a function")
+    result = function(*args)
+    if result is ... or result is None:
+        raise NotAnswered
+    return result
+
+
+# ---------------------------------------------------------------- 00 start here
+@exercise("00.1")
+def _(answer):
+    if ask(answer, [10, 20, 5], 30) != 2:
+        return "with costs 10, 20, 5 and a budget of 30, what is left for the third problem?"
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        costs = rng.integers(1, 30, rng.integers(1, 6)).tolist()
+        budget = int(rng.integers(1, 80))
+        truth = int((np.cumsum(costs) <= budget).sum())
+        if ask(answer, list(costs), budget) != truth:
+            return f"not right for costs {costs} and a budget of {budget}: is the order kept?"
+
+
+@exercise("00.2")
+def _(answer):
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        easy, other = (rng.integers(0, 4, 8).tolist() for _ in range(2))
+        easy[0] = 3  # a Score of zero has no regret
+        truth = (sum(easy) - sum(other)) / sum(easy)
+        if abs(float(ask(answer, list(easy), list(other))) - truth) > 1e-9:
+            return f"not right for {easy} in the easy order and {other}: a share of which Score?"
+
+
+# ---------------------------------------------------------------- 01 OS-MCKP
+def _hand_exam(p_easy, budget):
+    def attempt(*outcomes):
+        return [osmckp.SKIP, osmckp.Action("try", outcomes)]
+    return osmckp.Instance(budget, [attempt((0.5, 3, 1), (0.5, 6, 0)),
+                                    attempt((0.8, 4, 1), (0.2, 4, 0)),
+                                    attempt((p_easy, 2, 1), (1 - p_easy, 2, 0))])
+
+
+def _random_outcomes(rng, size):
+    return list(zip(rng.dirichlet(np.ones(size)).tolist(), rng.integers(0, 12, size).tolist(),
+                    rng.integers(0, 2, size).tolist(), strict=True))
+
+
+@exercise("01.1")
+def _(answer):
+    if abs(float(answer) - osmckp.solve(_hand_exam(0.5, 9)).value) > 1e-6:
+        return "work backwards: first V of the easy problem, then V of the medium one at 6 and at 3"
+
+
+@exercise("01.2")
+def _(answer):
+    if abs(ask(answer, [(0.5, 3, 1), (0.5, 6, 1)], 3) - 0.5) > 1e-9:
+        return "which outcomes fit in 3 tokens when the costs are 3 and 6?"
+    rng = np.random.default_rng(2)
+    for budget in range(12):
+        outcomes = _random_outcomes(rng, 4)
+        truth = osmckp.expected_reward([osmckp.Action("a", outcomes)], budget)[0, -1]
+        if abs(ask(answer, outcomes, budget) - truth) > 1e-9:
+            return f"not right for outcomes {outcomes} and b = {budget}"
+
+
+@exercise("01.3")
+def _(answer):
+    rng = np.random.default_rng(3)
+    for case in range(12):
+        actions = [_random_outcomes(rng, 3) for _ in range(1 + case % 3)]
+        future = np.cumsum(rng.integers(0, 3, 10)) / 2.0
+        known = [osmckp.Action("a", outcomes) for outcomes in actions]
+        truth = (osmckp.expected_reward(known, 9) + osmckp.expected_future(known, future)).max(0)
+        got = np.asarray(ask(answer, actions, future.copy()), dtype=float)
+        if got.shape != truth.shape:
+            return f"need one value for each b = 0..9, got shape {got.shape}"
+        wrong = np.flatnonzero(np.abs(got - truth) > 1e-9)
+        if len(wrong):
+            kind = "a single action" if len(known) == 1 else f"{len(known)} actions"
+            return (f"with {kind} your V is wrong first at b = {wrong[0]}; after a truncation "
+                    "the later problems are sat with 0 tokens")
+
+
+@exercise("01.4")
+def _(answer):
+    if not isinstance(answer, osmckp.Instance):
+        return "the answer must be an Instance"
+    if len(answer) != 1 or answer.budget > 20:
+        return "need exactly one problem and a budget of at most 20 tokens"
+    if answer.max_score > 1 or osmckp.solve(answer).value <= 0:
+        return "no reward above 1 point, and some reward must be within reach"
+    if osmckp.optimality_gap(answer, osmckp.greedy_roi(answer)) <= 0.5:
+        return "greedy earns half of the optimum or more: which action has the best *ratio*?"
+
+
+# ---------------------------------------------------------------- 02 exam building
+@exercise("02.1")
+def _(answer):
+    from itertools import permutations
+
+    tiers = ("easy", "easy", "medium", "hard")
+    mixed = {*permutations(tiers)} - {tiers, tiers[::-1]}
+    if int(answer) != len(mixed):
+        return "count sequences of tiers: the easy problems look alike; two orders are not mixed"
+
+
+@exercise("02.2")
+def _(answer):
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        costs = rng.integers(1, 30, rng.integers(1, 6)).tolist()
+        budget = int(rng.integers(1, 80))
+        left = np.maximum(budget - np.cumsum([0, *costs]), 0)
+        truth = np.minimum(costs, left[:-1]).tolist()
+        if [int(x) for x in ask(answer, list(costs), budget)] != truth:
+            return (f"not right for costs {costs} and a budget of {budget}: what is cut off is not "
+                    "charged, what was written before the cut is")
+
+
+@exercise("02.3")
+def _(answer):
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        one, other = (rng.choice(list("abc"), rng.integers(3, 9)).tolist() for _ in range(2))
+        runs, others = ({*zip(w, w[1:], w[2:], strict=False)} for w in (one, other))
+        truth = len(runs & others) / len(runs | others)
+        if abs(float(ask(answer, list(one), list(other))) - truth) > 1e-9:
+            return f"not right for {' '.join(one)} and {' '.join(other)}: sets of runs of three"
+
+
+# ---------------------------------------------------------------- 03 budgeted generation
+@exercise("03.1")
+def _(answer):
+    from roi_lib.generation import within_budget  # here, so that notebook 01 goes without torch
+
+    rng = np.random.default_rng(1)
+    for _ in range(80):
+        ids = rng.integers(0, 5, rng.integers(1, 9)).tolist()
+        budget, eos = int(rng.integers(1, 9)), 4
+        truth = within_budget(ids, budget, [eos])
+        got = ask(answer, list(ids), budget, eos)
+        if (list(got[0]), bool(got[1])) != (list(truth.ids), truth.finished):
+            return (f"not right for tokens {ids}, budget {budget} and end-of-sequence {eos}: which "
+                    "comes first, the end or the budget?")
+
+
+@exercise("03.2")
+def _(answer):
+    if ask(answer, [0.1, 0.6, 0.3], 0.05) != 0 or ask(answer, [0.1, 0.6, 0.3], 0.69) != 1:
+        return "token k is chosen where u lies between the sums up to k - 1 and up to k"
+    rng = np.random.default_rng(2)
+    for _ in range(80):
+        p, u = rng.dirichlet(np.ones(6)), float(rng.random())
+        if ask(answer, p.tolist(), u) != int((p.cumsum() <= u).sum()):
+            return f"not right for probabilities {p.round(3).tolist()} and u = {u:.3f}"
+
+
+@exercise("03.3")
+def _(answer):
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        starts = np.sort(rng.choice(np.arange(30), 3, replace=False)).tolist()
+        total = int(starts[-1] + rng.integers(1, 12))
+        got = [int(x) for x in ask(answer, list(starts), total)]
+        if got != [starts[0], *np.diff([*starts, total]).tolist()]:
+            return (f"not right for headers at tokens {starts} of {total}: the preamble first, "
+                    "then one cost a problem, and all of them add up to the total")
+
+
+@exercise("03.4")
+def _(answer):
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        lengths = rng.integers(1, 40, rng.integers(1, 9)).tolist()
+        truth = [len(lengths) * max(lengths), sum(lengths)]
+        if [int(x) for x in ask(answer, list(lengths))] != truth:
+            return f"not right for lengths {lengths}: who is still in the batch at each step?"

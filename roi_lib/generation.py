@@ -1,0 +1,436 @@
+"""Budgeted generation: one hard token budget for everything that a response holds.
+
+A `Request` is a prompt as token ids, a budget in tokens and a seed; a `Rollout` is what came
+back, as token ids, never more of them than the budget. The end-of-sequence token is charged like
+any other. Here are `TorchGenerator` (any causal language model of transformers) and
+`ReplayGenerator` (responses written beforehand, cut in the same way); `engines` has vLLM and
+OpenAI-compatible servers behind the same interface.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be answered `n` times under a budget.
+
+    Attributes:
+        prompt: token ids, chat template included.
+        budget: largest number of response tokens, end-of-sequence included (at least 1).
+        seed: any integers; with the rollout's number they fix its random stream, whatever other
+            requests share the call.
+        n: number of rollouts.
+        message: the user message that the prompt encodes, for servers that take nothing else.
+
+    Raises:
+        ValueError: empty prompt, or budget or n below 1.
+    """
+
+    prompt: tuple[int, ...]
+    budget: int
+    seed: tuple[int, ...] = (0,)
+    n: int = 1
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("a request needs a prompt of at least one token")
+        if self.budget < 1 or self.n < 1:
+            raise ValueError(f"budget and n must be at least 1, not {self.budget} and {self.n}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response.
+
+    Attributes:
+        ids: response token ids, at most the request's budget, end-of-sequence included.
+        finished: whether it ended by itself (False: cut by the budget).
+        overrun: tokens that a back end sent beyond the budget; they are not in `ids`.
+        failed: why there is no response ("" where there is one).
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+    overrun: int = 0
+    failed: str = ""
+
+
+def within_budget(ids: Sequence[int], budget: int, eos_ids: Sequence[int]) -> Rollout:
+    """What counts of a back end's tokens: up to the first end-of-sequence, within the budget.
+
+    Whatever a server was asked for, this is where the budget is enforced (FAULTS F12).
+    """
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    finished = end <= budget and end > 0 and ids[end - 1] in eos_ids
+    return Rollout(tuple(ids[: min(end, budget)]), finished, max(len(ids) - budget, 0))
+
+
+def all_eos_ids(config, tokenizer) -> list[int]:
+    """End-of-sequence ids, sorted, of a generation config (None: it has none) and a tokenizer."""
+    ends = config.eos_token_id if config else None
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
+
+
+class BudgetedGenerator:
+    """What every back end offers; each has its own `stream`."""
+
+    def stream(
+        self, requests: Sequence[Request], temperature: float = 1.0
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """(number of a request, its rollouts), each as soon as it is complete, in any order."""
+        raise NotImplementedError
+
+    def generate(
+        self, requests: Sequence[Request], temperature: float = 1.0
+    ) -> list[list[Rollout]]:
+        """The requests' rollouts, in their order; temperature 0 is greedy decoding."""
+        done = dict(self.stream(requests, temperature))
+        return [done[i] for i in range(len(requests))]
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one layer, [rows, heads, capacity, head_dim], allocated once.
+
+    transformers' `DynamicLayer` concatenates, and so allocates and copies all of it, every step.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, prefilled: CacheLayerMixin, rows: torch.Tensor, capacity: int) -> None:
+        super().__init__()
+        self.keys, self.values = (
+            self._spread(tensor, rows, capacity) for tensor in (prefilled.keys, prefilled.values)
+        )
+        self.length = prefilled.keys.shape[2]
+        self.is_initialized = True
+
+    @staticmethod
+    def _spread(prefilled: torch.Tensor, rows: torch.Tensor, capacity: int) -> torch.Tensor:
+        _, heads, length, size = prefilled.shape
+        buffer = prefilled.new_empty(len(rows), heads, capacity, size)
+        buffer[:, :, :length] = prefilled[rows]
+        return buffer
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Nothing to do: the buffers exist from the start."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class AnyRows:
+    """Rows being decoded with the model's own forward: works for every architecture.
+
+    Args:
+        model: the causal language model.
+        prefilled: its cache of the distinct prompts, padded on the left.
+        mask: 1 for prompt tokens, 0 for padding, [prompts, width].
+        source: the prompt of each row.
+        longest: response tokens to make room for.
+    """
+
+    def __init__(self, model, prefilled, mask, source, longest: int) -> None:
+        width = mask.shape[1]
+        self.model, self.end, self.position = model, width, mask.sum(1)[source]
+        self.cache = Cache(layers=[PreallocatedLayer(layer, source, width + longest)
+                                   for layer in prefilled.layers])
+        # Additive mask over the whole capacity: only the padding before a prompt is hidden.
+        self.bias = torch.zeros(len(source), 1, 1, width + longest, dtype=model.dtype,
+                                device=source.device)
+        self.bias[:, 0, 0, :width].masked_fill_(mask[source] == 0, torch.finfo(model.dtype).min)
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits after one more token a row, [rows, vocabulary]."""
+        self.end += 1
+        logits = self.model(
+            input_ids=token[:, None], position_ids=self.position[:, None], use_cache=True,
+            attention_mask=self.bias[..., : self.end], past_key_values=self.cache,
+        ).logits[:, -1]
+        self.position = self.position + 1
+        return logits
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.position, self.bias = self.position[kept], self.bias[kept]
+        for layer in self.cache.layers:
+            layer.keep(kept)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def normalize(norm, x: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square norm in the precision of `x` (transformers goes through float32)."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class LlamaRows:
+    """Rows being decoded with a forward of our own, for models built like Llama.
+
+    Faster than `AnyRows`, because a decoding step of a small model is bound by memory: all
+    rollouts of a prompt read one copy of its keys and values, as the matrix product it then is,
+    and attention runs over what is filled, not over masked space. The projections are the
+    model's own modules, so new weights and LoRA adapters count at once. Arguments: see `AnyRows`.
+    """
+
+    #: `config.model_type` of the architectures whose layers this forward computes.
+    ARCHITECTURES = ("llama", "qwen2")
+
+    @classmethod
+    def fits(cls, config) -> bool:
+        """Whether this forward is that of the model (known layers, no sliding window)."""
+        layers = getattr(config, "layer_types", None) or ["full_attention"]
+        return config.model_type in cls.ARCHITECTURES and set(layers) == {"full_attention"}
+
+    def __init__(self, model, prefilled, mask, source, longest: int) -> None:
+        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.prompts = [(layer.keys, layer.values) for layer in prefilled.layers]
+        self.position, self.filled = mask.sum(1)[source], 0
+        n_prompts, heads, width, size = self.prompts[0][0].shape
+        self.own = [tuple(keys.new_empty(len(source), heads, longest, size) for _ in range(2))
+                    for keys, _ in self.prompts]
+        hidden = torch.finfo(model.dtype).min
+        self.bias = torch.zeros(n_prompts, 1, 1, 1, width, dtype=model.dtype, device=source.device)
+        self.bias.masked_fill_(mask[:, None, None, None] == 0, hidden)
+        self._seat(source)
+
+    def _seat(self, source: torch.Tensor) -> None:
+        """Give each row a seat among the rollouts of its prompt: a number below prompts x most."""
+        self.source = source
+        counts = torch.bincount(source, minlength=len(self.bias))
+        order = source.argsort(stable=True)
+        nth = torch.arange(len(source), device=source.device) - (counts.cumsum(0) - counts)[
+            source[order]]
+        self.most = int(counts.max())
+        self.seat = torch.empty_like(source)
+        self.seat[order] = source[order] * self.most + nth
+
+    def _by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, group, n] -> [prompts, heads, most, group, n], empty seats zero."""
+        seats = rows.new_zeros(len(self.bias) * self.most, *rows.shape[1:])
+        seats[self.seat] = rows
+        return seats.unflatten(0, (len(self.bias), self.most)).transpose(1, 2)
+
+    def _by_row(self, seats: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+        return seats.transpose(1, 2).flatten(0, 1)[self.seat]
+
+    def _attend(self, layer: int, query, key, value) -> torch.Tensor:
+        """One query a row over its prompt and its own response; all [rows, heads, group, size]."""
+        (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
+        now = self.filled
+        keys[:, :, now], values[:, :, now] = key, value
+        keys, values = keys[:, :, : now + 1], values[:, :, : now + 1]
+        query = query * query.shape[-1] ** -0.5
+        grouped = self._by_prompt(query)
+        on_prompt = (grouped.flatten(2, 3) @ prompt_keys.transpose(-1, -2)).view(
+            *grouped.shape[:-1], -1)
+        on_own = query @ keys.transpose(-1, -2)
+        scores = torch.cat((self._by_row(on_prompt + self.bias), on_own), -1)
+        weights = torch.softmax(scores, -1).split([prompt_keys.shape[2], now + 1], -1)
+        grouped = self._by_prompt(weights[0])
+        from_prompt = (grouped.flatten(2, 3) @ prompt_values).view(*grouped.shape[:-1], -1)
+        return self._by_row(from_prompt) + weights[1] @ values
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits after one more token a row, [rows, vocabulary]."""
+        x = self.body.embed_tokens(token)
+        cos, sin = self.body.rotary_emb(x, self.position[:, None])  # [rows, 1, size]
+        heads, size = self.own[0][0].shape[1], self.own[0][0].shape[3]
+        for i, block in enumerate(self.body.layers):
+            attention, y = block.self_attn, normalize(block.input_layernorm, x)
+            query, key, value = (project(y).view(len(y), -1, size) for project in (
+                attention.q_proj, attention.k_proj, attention.v_proj))
+            query = rotate(query, cos, sin).view(len(y), heads, -1, size)
+            mixed = self._attend(i, query, rotate(key, cos, sin), value)
+            x = x + attention.o_proj(mixed.flatten(1))
+            x = x + block.mlp(normalize(block.post_attention_layernorm, x))
+        self.filled, self.position = self.filled + 1, self.position + 1
+        return self.head(normalize(self.body.norm, x))
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.position = self.position[kept]
+        self.own = [(keys[kept], values[kept]) for keys, values in self.own]
+        self._seat(self.source[kept])
+
+
+class TorchGenerator(BudgetedGenerator):
+    """Batched, cached decoding with any causal language model, on its own device.
+
+    Rows decode in lock step; each distinct prompt is prefilled once, and finished rows leave the
+    batch. Sampling inverts the cumulative distribution at one uniform number a token, taken from
+    the row's own stream.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        eos_ids: token ids that end a response (a model may have several).
+        pad_id: id used to fill up prompts on the left; it is masked, never charged.
+        max_rows: rows decoded at a time (memory grows with it).
+
+    Raises:
+        ValueError: no end-of-sequence id.
+    """
+
+    #: Finished rows are dropped once they are this share of the batch (dropping copies the rest).
+    DROP_SHARE = 0.25
+
+    def __init__(self, model, eos_ids: Sequence[int], pad_id: int, max_rows: int = 256) -> None:
+        if not eos_ids:
+            raise ValueError("a generator needs at least one end-of-sequence id")
+        self.model, self.pad_id, self.max_rows = model, pad_id, max_rows
+        self.eos_ids = torch.tensor(sorted(set(eos_ids)), device=model.device)
+        self.rows = LlamaRows if LlamaRows.fits(model.config) else AnyRows
+
+    @classmethod
+    def of(cls, model, tokenizer, max_rows: int = 256) -> "TorchGenerator":
+        """A generator with the end-of-sequence ids of both the model and its tokenizer."""
+        eos_ids = all_eos_ids(model.generation_config, tokenizer)
+        pad_id = tokenizer.pad_token_id
+        return cls(model, eos_ids, min(eos_ids) if pad_id is None else pad_id, max_rows)
+
+    @torch.inference_mode()
+    def stream(
+        self, requests: Sequence[Request], temperature: float = 1.0
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """See `BudgetedGenerator`.
+
+        Raises:
+            ValueError: negative temperature.
+            FloatingPointError: the model gave NaN or infinite logits (FAULTS F24).
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, not {temperature}")
+        # Rows of like length together: less padding.
+        rows = [(i, k) for i, request in enumerate(requests) for k in range(request.n)]
+        rows.sort(key=lambda row: (requests[row[0]].budget, len(requests[row[0]].prompt)))
+        done: dict[int, list[Rollout]] = {}
+        for start in range(0, len(rows), self.max_rows):
+            chunk = rows[start : start + self.max_rows]
+            decoded = self._decode(requests, chunk, temperature)
+            for (i, _), rollout in zip(chunk, decoded, strict=True):
+                done.setdefault(i, []).append(rollout)
+                if len(done[i]) == requests[i].n:
+                    yield i, done.pop(i)
+
+    def _prefill(self, prompts: list[tuple[int, ...]]):
+        """Run distinct prompts, padded on the left: last logits, their cache, their mask."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad_id)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                         use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values, mask
+
+    def _decode(self, requests, chunk, temperature) -> list[Rollout]:
+        """Decode one batch of (request, rollout number) rows to the end."""
+        device, batch = self.model.device, [requests[i] for i, _ in chunk]
+        prompts = list(dict.fromkeys(request.prompt for request in batch))
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        source = torch.tensor([place[request.prompt] for request in batch], device=device)
+        budgets = torch.tensor([request.budget for request in batch], device=device)
+        longest = int(budgets.max())
+        uniforms = torch.tensor(
+            np.stack([np.random.default_rng([*r.seed, k]).random(longest)
+                      for r, (_, k) in zip(batch, chunk, strict=True)]), device=device)
+
+        logits, prefilled, mask = self._prefill(prompts)
+        logits = logits[source]
+        decoding = self.rows(self.model, prefilled, mask, source, longest)
+        del prefilled
+
+        out = torch.full((len(batch), longest), self.pad_id, device=device)
+        length = torch.zeros(len(batch), dtype=torch.long, device=device)
+        finished = torch.zeros(len(batch), dtype=torch.bool, device=device)
+        alive = torch.arange(len(batch), device=device)  # the batch rows still in the cache
+        going = torch.ones(len(batch), dtype=torch.bool, device=device)  # of these, not yet over
+        for step in range(longest):
+            token = self._choose(logits, uniforms[alive, step], temperature)
+            rows = alive[going]
+            out[rows, step] = token[going]
+            length[rows] = step + 1
+            finished[rows] = torch.isin(token[going], self.eos_ids)
+            going = going & ~finished[alive] & (budgets[alive] > step + 1)
+            n_going = int(going.sum())
+            if n_going == 0:
+                break
+            if n_going <= (1 - self.DROP_SHARE) * len(alive):
+                kept = going.nonzero()[:, 0]
+                alive, token, going = alive[kept], token[kept], going[kept]
+                decoding.keep(kept)
+            logits = decoding.step(token)
+        out, length, finished = out.tolist(), length.tolist(), finished.tolist()
+        return [Rollout(tuple(out[row][: length[row]]), finished[row]) for row in range(len(batch))]
+
+    @staticmethod
+    def _choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+        """One token a row, [rows]: the arg max, or the inverse of the cumulative distribution."""
+        if not torch.isfinite(logits).all():
+            row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
+            raise FloatingPointError(f"the model gave NaN or infinite logits in row {row}")
+        if temperature == 0:
+            return logits.argmax(-1)
+        cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+class ReplayGenerator(BudgetedGenerator):
+    """Plays back responses that exist already, under the same hard budget.
+
+    Args:
+        responses: prompt as token ids -> response as token ids, without end-of-sequence.
+        eos_id: the end-of-sequence id that closes each response, charged as usual.
+    """
+
+    def __init__(
+        self, responses: Mapping[tuple[int, ...], Sequence[int]], eos_id: int
+    ) -> None:
+        self.responses, self.eos_id = responses, eos_id
+
+    def stream(
+        self, requests: Sequence[Request], temperature: float = 1.0
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """See `BudgetedGenerator`; every rollout of a request is the same.
+
+        Raises:
+            KeyError: a prompt that has no recorded response.
+        """
+        for i, request in enumerate(requests):
+            whole = (*self.responses[request.prompt], self.eos_id)
+            cut = Rollout(whole[: request.budget], len(whole) <= request.budget)
+            yield i, [cut] * request.n

@@ -1,0 +1,147 @@
+"""Run logs: responses on disk as they come, so that a run can stop, go on, and be replayed.
+
+A log is a JSON Lines file. Its first line names the run (world, method, model, ...); each other
+line holds the rollouts of one request, found again by a hash of all that decides them. A log of
+another run is refused, a bad line is named, and a last line cut short by a kill is dropped.
+"""
+
+import hashlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from roi_lib.checkpoints import MANIFEST, file_hash, locate
+from roi_lib.generation import BudgetedGenerator, Request, Rollout
+
+
+def model_hash(name: str) -> str:
+    """What identifies a model: the hash of a folder's manifest or weights, or else its name."""
+    folder = locate(name)
+    if folder is None:
+        return name
+    files = [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(
+        folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
+
+
+def request_key(request: Request, temperature: float) -> str:
+    """A hash of prompt, budget, seed, number of rollouts and temperature."""
+    words = [list(request.prompt), request.budget, list(request.seed), request.n, temperature]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
+
+
+class RunLog:
+    """One log file. Rows whose request failed are not kept: they will be asked again.
+
+    Args:
+        path: continued if it exists, otherwise started with the first response.
+        header: what the run is, JSON-ready.
+
+    Raises:
+        ValueError: a log of another run, or a bad line, with file and line.
+    """
+
+    def __init__(self, path: Path, header: dict) -> None:
+        self.path, self.header = path, header
+        self.rows: dict[str, list[Rollout]] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        if lines.pop():
+            warnings.warn(f"{self.path}, line {len(lines) + 1}: cut short; dropped", stacklevel=4)
+            with self.path.open("rb+") as stream:
+                stream.truncate(sum(len(line) + 1 for line in lines))
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    self._compare(row["run"])
+                    continue
+                rollouts = [Rollout(**r | {"ids": tuple(r["ids"])}) for r in row["rollouts"]]
+                self.rows[row["key"]] = rollouts
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}: not a line of a run log "
+                                 f"({error}); remove the line or the file") from error
+
+    def _compare(self, found: dict) -> None:
+        other = [key for key in self.header if found.get(key) != self.header[key]]
+        if other:
+            key = other[0]
+            raise ValueError(f"{self.path} is the log of another run: its {key} is "
+                             f"{found.get(key)!r}, not {self.header[key]!r}; name another folder")
+
+    def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
+        """Keep the rollouts of one request; on disk when this returns."""
+        if any(r.failed for r in rollouts):
+            return
+        self.rows[key] = list(rollouts)
+        start = not self.path.exists() or self.path.stat().st_size == 0
+        with self.path.open("a") as stream:
+            if start:
+                stream.write(json.dumps({"run": self.header}) + "\n")
+            stream.write(json.dumps({"key": key, "rollouts": list(map(asdict, rollouts))}) + "\n")
+
+
+class Progress:
+    """A line of text every so many seconds: how much is done, how fast, how long it will take."""
+
+    def __init__(self, what: str, total: int, every: float, file=None) -> None:
+        self.what, self.total, self.every, self.file = what, total, every, file
+        self.start = self.last = time.monotonic()
+
+    def show(self, done: int, fresh: int) -> None:
+        """`done` of the total are there, `fresh` of them made by this run."""
+        now = time.monotonic()
+        if now - self.last < self.every or not fresh:
+            return
+        self.last, rate = now, fresh / (now - self.start)
+        print(f"{self.what}: {done}/{self.total} responses, {rate:.1f}/s, "
+              f"{(self.total - done) / rate:.0f} s left", file=self.file or sys.stderr, flush=True)
+
+
+class LoggedGenerator(BudgetedGenerator):
+    """A generator that looks into a log first, and keeps there what it has to make.
+
+    Args:
+        engine: makes what the log does not hold; None: everything must be in the log (a replay).
+        log: the log, or None.
+        every: seconds between progress lines; None for no such lines.
+        what: what the lines call this run.
+    """
+
+    def __init__(self, engine: BudgetedGenerator | None, log: RunLog | None = None,
+                 every: float | None = None, what: str = "run") -> None:
+        self.engine, self.log, self.every, self.what = engine, log, every, what
+
+    def stream(
+        self, requests: Sequence[Request], temperature: float = 1.0
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """See `BudgetedGenerator`.
+
+        Raises:
+            ValueError: a replay of a request that the log does not hold.
+        """
+        keys = [request_key(request, temperature) for request in requests]
+        known = self.log.rows if self.log else {}
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        if missing and self.engine is None:
+            raise ValueError(f"{self.log.path} lacks {len(missing)} of {len(requests)} responses; "
+                             "replay the exams, budgets, seed and temperature it was made with")
+        for i, key in enumerate(keys):
+            if key in known:
+                yield i, known[key]
+        if not missing:
+            return
+        progress = Progress(self.what, len(requests), self.every or float("inf"))
+        fresh = self.engine.stream([requests[i] for i in missing], temperature)
+        for n, (j, rollouts) in enumerate(fresh, start=1):
+            if self.log:
+                self.log.append(keys[missing[j]], rollouts)
+            progress.show(len(requests) - len(missing) + n, n)
+            yield missing[j], rollouts

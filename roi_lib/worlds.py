@@ -1,0 +1,172 @@
+"""Worlds: every choice that differs between the pocket world and the paper's world, as data.
+
+A `World` is one frozen object: where problems come from, how a prompt reads, the budgets, the
+edges of the levels. Functions take what they need from it; none asks which world it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The repository's own data folder (checkpoints, logs); `ROOT / "data"` of a checkout.
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+TIERS = ("easy", "medium", "hard")
+ORDERS = ("easy", "medium", "hard")
+#: What a skipped problem carries in its box (paper, section on refusal learning).
+SKIP_ANSWER = "NA"
+TAG_OPEN, TAG_CLOSE = "<predicted_level>", "</predicted_level>"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of answering: a checkpoint under a prompting style.
+
+    Attributes:
+        checkpoint: a folder, a name below `data/`, or a hub id; None: reference solutions are
+            played back instead of a model.
+        style: key of `World.prompts`.
+    """
+
+    checkpoint: str | None
+    style: str
+
+
+@dataclass(frozen=True)
+class World:
+    """One world of the method. Costs and budgets are in response tokens.
+
+    Attributes:
+        name: "pocket" or "paper".
+        budgets: the hard budgets of the evaluation.
+        level_edges: largest cost of Level-0, Level-1, ...; the level after the last one is "skip".
+        centroids: the cost that Greedy Knapsack assumes for Level-0, Level-1, ...
+        families: tier -> names of its problem sources (families or dataset ids).
+        header: how problem i is announced, in the prompt and in the response.
+        header_pattern: regular expression of a header in a response; group 1 is the number.
+        grader: how answers are compared (see `grading.GRADERS`).
+        prompts: prompting style -> user message, with fields {budget}, {n} and {problems}.
+        checkpoint: default model (a folder below `data/`, or a hub id).
+        tokenizer: default tokenizer, likewise.
+    """
+
+    name: str
+    budgets: tuple[int, ...]
+    level_edges: tuple[int, ...]
+    centroids: tuple[int, ...]
+    families: Mapping[str, tuple[str, ...]]
+    header: str
+    header_pattern: str
+    grader: str
+    prompts: Mapping[str, str]
+    tokenizer: str
+    dtype: str
+    methods: Mapping[str, Method]
+
+    @property
+    def skip_level(self) -> int:
+        """The level that stands for "skip" (3 in both worlds)."""
+        return len(self.level_edges)
+
+    def level_of(self, cost: int) -> int:
+        """Level of a cost in tokens; a cost above the last edge is at the skip level."""
+        return sum(cost > edge for edge in self.level_edges)
+
+    def method(self, name: str) -> Method:
+        """The method of that name.
+
+        Raises:
+            ValueError: this world has none.
+        """
+        if name not in self.methods:
+            known = ", ".join(self.methods)
+            raise ValueError(f"unknown method {name!r}; world {self.name} has {known}")
+        return self.methods[name]
+
+
+POCKET = World(
+    name="pocket",
+    budgets=(64, 128),
+    level_edges=(32, 64, 128),
+    centroids=(16, 48, 96),
+    families={
+        "easy": ("comparison", "boxes"),
+        "medium": ("bus", "shopping"),
+        "hard": ("remainders", "cycle"),
+    },
+    header="Q{i}.",
+    header_pattern=r"Q(\d+)\.",
+    grader="integer",
+    prompts={
+        "direct": "Budget: {budget} tokens. Solve in order.\n{problems}",
+        "plan_and_solve": "Budget: {budget} tokens. Plan first, then solve in order.\n{problems}",
+        "least_to_most": "Budget: {budget} tokens. Rate first, then solve in order or skip.\n"
+        "{problems}",
+        "roi": "Budget: {budget} tokens. Predict each level, then solve in order or skip.\n"
+        "{problems}",
+    },
+    tokenizer="pocket-tokenizer",
+    dtype="float64",
+    methods={
+        "replay": Method(None, "direct"),
+        "base": Method("pocket-base", "direct"),
+        "plan_and_solve": Method("pocket-base", "plan_and_solve"),
+        "least_to_most": Method("pocket-base", "least_to_most"),
+    },
+)
+
+_EXAM_RULES = """\
+You are sitting an exam of {n} math problems. All your answers together may use at most {budget} \
+tokens; whatever comes after that is lost. Answer the problems in the given order and never go \
+back. Open each answer with its heading, for example "### Problem 1", and put the final answer in \
+\\boxed{{}}."""
+
+PAPER = World(
+    name="paper",
+    budgets=(512, 1024),
+    level_edges=(256, 512, 1024),
+    centroids=(128, 384, 768),
+    families={"easy": ("gsm8k",), "medium": ("math",), "hard": ("aime",)},
+    header="### Problem {i}",
+    header_pattern=r"(?m)^\s{0,3}#{1,6}\s*Problem\s+(\d{1,3})\b",
+    grader="math",
+    prompts={
+        "direct": _EXAM_RULES + "\n\n{problems}",
+        "plan_and_solve": _EXAM_RULES + """ Before the first answer, write a short plan: what \
+each problem needs, and how many tokens you will give it. Then carry out the plan.
+
+{problems}""",
+        "least_to_most": _EXAM_RULES + """ Before the first answer, rate each problem as easy, \
+medium or hard. Then answer; a problem that looks too hard for the budget may be skipped with \
+\\boxed{{NA}}.
+
+{problems}""",
+        "roi": _EXAM_RULES + """ Right after each heading, predict what the problem will cost: \
+<predicted_level>Level-0</predicted_level> for up to 256 tokens, Level-1 for up to 512, Level-2 \
+for up to 1024. If it is not worth its tokens, write \
+<predicted_level>Level-3</predicted_level> \\boxed{{NA}} and go on.
+
+{problems}""",
+    },
+    tokenizer="gsm8k-bpe",
+    dtype="auto",
+    methods={
+        "replay": Method(None, "direct"),
+        "base": Method("Qwen/Qwen2.5-1.5B-Instruct", "direct"),
+        "plan_and_solve": Method("Qwen/Qwen2.5-1.5B-Instruct", "plan_and_solve"),
+        "least_to_most": Method("Qwen/Qwen2.5-1.5B-Instruct", "least_to_most"),
+    },
+)
+
+WORLDS = {world.name: world for world in (POCKET, PAPER)}
+
+
+def get_world(name: str) -> World:
+    """The world of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in WORLDS:
+        raise ValueError(f"unknown world {name!r}; choose from {', '.join(WORLDS)}")
+    return WORLDS[name]

@@ -1,0 +1,185 @@
+"""The budgeted generator: budgets hold, tokens agree with transformers, seeds decide."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from roi_lib.evaluation import sit
+from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt
+from roi_lib.generation import AnyRows, LlamaRows, ReplayGenerator, Request, TorchGenerator
+from roi_lib.worlds import POCKET
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    papers = draw_papers(POCKET, 24, seed=1)
+    return [tuple(encode_prompt(tokenizer, exam_prompt(POCKET, Exam(p, "easy"), 64)))
+            for p in papers]
+
+
+def ids(rollouts):
+    return [[r.ids for r in group] for group in rollouts]
+
+
+def hf_generate(model, tokenizer, prompts, n):
+    width = max(map(len, prompts))
+    rows = [[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    out = model.generate(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask),
+                         max_new_tokens=n, do_sample=False)[:, width:].tolist()
+    ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else n
+            for row in out]
+    return [tuple(row[:end]) for row, end in zip(out, ends, strict=True)]
+
+
+def test_greedy_tokens_equal_those_of_hugging_face(model, tokenizer, generator, prompts):
+    ours = generator.generate([Request(p, 40) for p in prompts], temperature=0)
+    assert [group[0].ids for group in ours] == hf_generate(model, tokenizer, prompts, 40)
+
+
+def test_the_budget_is_never_exceeded(tokenizer, generator, prompts):
+    requests = [Request(p, 1 + 3 * i, (i,), n=3) for i, p in enumerate(prompts)]
+    lengths = set()
+    for request, group in zip(requests, generator.generate(requests), strict=True):
+        assert len(group) == 3
+        for rollout in group:
+            assert 1 <= len(rollout.ids) <= request.budget
+            assert rollout.finished == (rollout.ids[-1] == tokenizer.eos_token_id)
+            assert tokenizer.eos_token_id not in rollout.ids[:-1]
+            assert rollout.finished or len(rollout.ids) == request.budget
+            lengths.add(len(rollout.ids))
+    assert len(lengths) > 10, "the random model should end at many different steps"
+
+
+def test_F11_batching_changes_nothing(model, tokenizer, prompts):
+    """Rows that finish at different steps, in batches of any size: the same tokens."""
+    requests = [Request(p, 30, (5, i), n=2) for i, p in enumerate(prompts)]
+    whole = TorchGenerator.of(model, tokenizer, max_rows=256).generate(requests)
+    small = TorchGenerator.of(model, tokenizer, max_rows=5).generate(requests)
+    alone = [TorchGenerator.of(model, tokenizer).generate([r])[0] for r in requests]
+    assert ids(whole) == ids(small) == ids(alone)
+
+
+def test_seeds_decide(generator, prompts):
+    def sample(seed):
+        return ids(generator.generate([Request(p, 20, (seed,), n=2) for p in prompts]))
+    assert sample(1) == sample(1) != sample(2)
+    assert any(a != b for a, b in sample(1)), "rollouts of one request have their own streams"
+
+
+def test_sampling_follows_the_models_distribution(model, tokenizer, generator, prompts):
+    prompt = prompts[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    for temperature in (1.0, 0.5):
+        wanted = torch.softmax(logits / temperature, -1)
+        (group,) = generator.generate([Request(prompt, 1, (0,), n=4_000)], temperature)
+        found = torch.bincount(torch.tensor([r.ids[0] for r in group]), minlength=len(wanted))
+        error = (found / 4_000 - wanted).abs()
+        assert (error < 5 * (wanted * (1 - wanted) / 4_000).sqrt() + 1e-3).all()
+
+
+def test_F8_several_eos_ids_and_no_pad(model, tokenizer, prompts):
+    common = int(torch.bincount(torch.tensor(
+        [r.ids[0] for g in TorchGenerator.of(model, tokenizer).generate(
+            [Request(p, 1, (i,), n=8) for i, p in enumerate(prompts)]) for r in g])).argmax())
+    ends = {tokenizer.eos_token_id, common}
+    generator = TorchGenerator(model, sorted(ends), pad_id=tokenizer.eos_token_id)
+    rollouts = [r for g in generator.generate([Request(p, 50, n=4) for p in prompts]) for r in g]
+    assert common in {r.ids[-1] for r in rollouts}
+    assert all(r.finished == (r.ids[-1] in ends) and not ends & {*r.ids[:-1]} for r in rollouts)
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        TorchGenerator(model, [], 0)
+
+
+def test_F7_a_model_that_never_ends(model, tokenizer, prompts):
+    never = TorchGenerator(model, [len(tokenizer) + 7], tokenizer.pad_token_id)
+    (group,) = never.generate([Request(prompts[0], 300, n=2)])
+    assert [len(r.ids) for r in group] == [300, 300] and not any(r.finished for r in group)
+
+
+def test_F24_nan_logits_stop_with_a_message(tokenizer, prompts, model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits in row 0"):
+        TorchGenerator.of(broken, tokenizer).generate([Request(prompts[0], 5)])
+
+
+@pytest.mark.parametrize(("budget", "n", "prompt"), [(0, 1, (1,)), (5, 0, (1,)), (5, 1, ())])
+def test_F6_bad_requests(budget, n, prompt):
+    with pytest.raises(ValueError, match="at least"):
+        Request(prompt, budget, n=n)
+
+
+def test_negative_temperature(generator, prompts):
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        generator.generate([Request(prompts[0], 5)], temperature=-1)
+
+
+def test_replay_is_cut_by_the_same_budget():
+    replay = ReplayGenerator({(1, 2): [7, 8, 9]}, eos_id=0)
+    assert replay.generate([Request((1, 2), 4)])[0][0].ids == (7, 8, 9, 0)
+    cut = replay.generate([Request((1, 2), 3, n=2)])[0]
+    assert [r.ids for r in cut] == [(7, 8, 9)] * 2 and not cut[0].finished
+
+
+def test_F9_text_is_never_encoded_again(tokenizer, generator, prompts):
+    """Costs count ids; the text of a response with control tokens encodes to fewer."""
+    exams = [Exam(p, "hard") for p in draw_papers(POCKET, 24, seed=1)]
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    words = tokenizer("Q1. 5 Q2. 6", add_special_tokens=False).input_ids
+    ids = [word for pair in zip(words, [start] * len(words), strict=True) for word in pair]
+    class Always(dict):
+        def __missing__(self, key):
+            return ids
+    crafted = sit(POCKET, tokenizer, ReplayGenerator(Always(), tokenizer.eos_token_id), exams, 64)
+    for s in crafted + sit(POCKET, tokenizer, generator, exams, 64):
+        total = s.response.preamble + sum(seg.cost for seg in s.response.segments)
+        assert total == s.response.total == len(s.ids) <= 64
+    text = tokenizer.decode(crafted[0].ids, skip_special_tokens=True)
+    assert len(tokenizer(text).input_ids) == len(words) < len(crafted[0].ids)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_forward_of_our_own_is_that_of_the_model(tokenizer, prompts, kind, temperature):
+    """Grouped queries, scaled rotary positions, untied heads, n > 1; others take the model's own.
+
+    A model without pad token and with end-of-sequence ids of its own sits as well (FAULTS F8).
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=[3, 7], pad_token_id=None,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        sliding_window=None)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=1.0)
+    generator = TorchGenerator.of(model, tokenizer)
+    assert generator.rows is (AnyRows if kind == "mistral" else LlamaRows)
+    assert generator.eos_ids.tolist() == [3, 7]
+    requests = [Request(p, 25 + i, (i,), n=1 + i % 4) for i, p in enumerate(prompts)]
+    ours = generator.generate(requests, temperature)
+    generator.rows = AnyRows
+    assert ids(ours) == ids(generator.generate(requests, temperature))
+
+
+def test_F26_new_weights_count_at_once(model, tokenizer, prompts):
+    model = copy.deepcopy(model)
+    generator, requests = TorchGenerator.of(model, tokenizer), [Request(p, 30) for p in prompts]
+    before = ids(generator.generate(requests))
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.normal_()
+    after = ids(generator.generate(requests))
+    assert after != before and after == ids(TorchGenerator.of(model, tokenizer).generate(requests))
+
+
+def test_rollouts_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Request((1,), 5).budget = 9
