@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, referen
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import sample_problem
 from roi_lib.tokenizer import build_tokenizer
+from roi_lib.training import TrainingLog, folder_lock
 from roi_lib.worlds import TIERS, World
 
 
@@ -144,25 +145,6 @@ def rate(step: int, config: PretrainConfig) -> float:
     return max(0.0, min(1.0, done / config.warmup, (1 - done) / (1 - config.hold)))
 
 
-class TrainingLog:
-    """A CSV of progress that a continued run goes on writing, without lines it will repeat."""
-
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [",".join(columns)]
-        if path.exists():
-            lines = path.read_text().splitlines()[1:]
-            kept += [line for line in lines if int(line.split(",")[0]) <= last_step]
-        path.write_text("\n".join(kept) + "\n")
-        self.path, self.columns = path, columns
-
-    def write(self, *values) -> None:
-        """Append one row, and print it."""
-        with self.path.open("a") as stream:
-            stream.write(",".join(map(str, values)) + "\n")
-        print(" ".join(f"{c} {v}" for c, v in zip(self.columns, values, strict=True)), flush=True)
-
-
 def train_step(model, optimizers, ids, labels, config: PretrainConfig, step: int) -> float:
     """One optimizer step; returns the loss in nats a response token."""
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -188,8 +170,13 @@ def pretrain(world: World, out: Path, work: Path, config: PretrainConfig) -> Non
     `work` keeps the newest training state and `log.csv` (step, response loss, rate, seconds).
 
     Raises:
-        ValueError: `work` holds a run with another recipe.
+        ValueError: `work` holds a run with another recipe, or another process is at it.
     """
+    with folder_lock(work):
+        _pretrain(world, out, work, config)
+
+
+def _pretrain(world: World, out: Path, work: Path, config: PretrainConfig) -> None:
     tokenizer = build_tokenizer(world)
     model = new_model(tokenizer, config)
     optimizers = make_optimizers(model, config)

@@ -1,0 +1,48 @@
+"""What every training run shares: a CSV log that can be continued, and a folder of its own."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class TrainingLog:
+    """A CSV of progress that a continued run goes on writing, without lines it will repeat.
+
+    Args:
+        path: the file; its folder is made if need be.
+        columns: names; the first is the step, a whole number.
+        last_step: rows of a found file that come after this step are dropped.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [",".join(columns)]
+        if path.exists():
+            lines = path.read_text().splitlines()[1:]
+            kept += [line for line in lines if int(line.split(",")[0]) <= last_step]
+        path.write_text("\n".join(kept) + "\n")
+        self.path, self.columns = path, columns
+
+    def write(self, *values) -> None:
+        """Append one row, and print it."""
+        with self.path.open("a") as stream:
+            stream.write(",".join(map(str, values)) + "\n")
+        print(" ".join(f"{c} {v}" for c, v in zip(self.columns, values, strict=True)), flush=True)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process (FAULTS F5); the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is writing {folder}; wait for it, or name another "
+                         "folder") from error
