@@ -34,6 +34,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def write_manifest(folder: Path) -> None:
+    """Sizes and hashes of all files of a folder; written last, it says that the folder is whole."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_hash(p)}
+                for p in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary folder, add the manifest, then put it in place.
 
@@ -44,10 +52,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     fill(temporary)
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_hash(p)}
-                for p in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(temporary)
     if folder.exists():
         retired = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(retired, ignore_errors=True)
@@ -76,9 +81,10 @@ def verify_folder(folder: Path) -> None:
             raise CheckpointError(f"{path} differs from its manifest; restore the folder and retry")
 
 
-def newest_complete(root: Path) -> Path | None:
-    """The newest whole `step-*` folder below `root`; broken ones are named and passed over."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
+def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
+    """The newest whole folder `PREFIX<step>` below `root`; broken ones are named, passed over."""
+    folders = [path for path in root.glob(f"{prefix}*") if path.name[len(prefix):].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name[len(prefix):]), reverse=True):
         try:
             verify_folder(folder)
         except CheckpointError as error:

@@ -136,17 +136,34 @@ def regret(score: float, score_easy: float) -> float | None:
     return (score_easy - score) / score_easy if score_easy > 0 else None
 
 
-def level_hits(world: World, sittings: Sequence[Sitting]) -> list[bool]:
-    """For every tag given: is the predicted level that of the segment's real cost?
+def segment_table(world: World, sittings: Sequence[Sitting]) -> dict[str, np.ndarray]:
+    """One entry a problem sat, column by column.
 
-    A skip is at the skip level by definition; an unfinished segment counts with what it spent.
+    Columns: `tier`, `family`; `position` (from 1); `cost` in tokens; `predicted` level (-1: no
+    tag); `real` level of the cost (a skip is at the skip level by definition; an unfinished
+    segment counts with what it spent); `skipped`; `correct`; `reached` (any token spent on it).
     """
-    return [
-        segment.level == (world.skip_level if segment.skipped else world.level_of(segment.cost))
-        for sitting in sittings
-        for segment in sitting.response.segments
-        if segment.level is not None
+    rows = [
+        (problem.tier, problem.family, position, segment.cost,
+         -1 if segment.level is None else segment.level,
+         world.skip_level if segment.skipped else world.level_of(segment.cost),
+         segment.skipped, correct, segment.cost > 0)
+        for s in sittings
+        for position, (problem, segment, correct) in enumerate(
+            zip(s.exam.problems, s.response.segments, s.correct, strict=True), start=1)
     ]
+    names = ("tier", "family", "position", "cost", "predicted", "real", "skipped", "correct",
+             "reached")
+    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True),
+                                                           strict=True)}
+
+
+def confusion(world: World, predicted: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Counts [predicted level, real level]; entries without a prediction (-1) are left out."""
+    levels = world.skip_level + 1
+    given = predicted >= 0
+    flat = np.bincount(predicted[given] * levels + real[given], minlength=levels * levels)
+    return flat.reshape(levels, levels)
 
 
 def summarize(
@@ -168,8 +185,8 @@ def summarize(
         raise ValueError("regret compares orders of the same papers, and these papers differ")
     samples = bootstrap_means(np.stack([marks(sittings), marks(easy)], axis=1), seed)
     score, score_easy = marks(sittings).mean(), marks(easy).mean()
-    segments = [segment for s in sittings for segment in s.response.segments]
-    hits = level_hits(world, sittings)
+    table = segment_table(world, sittings)
+    hits = (table["predicted"] == table["real"])[table["predicted"] >= 0]
     easy_samples = samples[:, 1]
     return {
         "score": float(score),
@@ -182,8 +199,8 @@ def summarize(
         "position_tokens": np.mean(
             [[segment.cost for segment in s.response.segments] for s in sittings], axis=0).tolist(),
         "mean_tokens": float(np.mean([s.response.total for s in sittings])),
-        "skip_rate": float(np.mean([segment.skipped for segment in segments])),
-        "level_accuracy": float(np.mean(hits)) if hits else None,
+        "skip_rate": float(table["skipped"].mean()),
+        "level_accuracy": float(hits.mean()) if len(hits) else None,
         "over_budget": sum(s.response.total > s.budget for s in sittings),
         "overrun_cut": sum(s.overrun > 0 for s in sittings),
         "failed": sum(bool(s.failed) for s in sittings),

@@ -24,12 +24,15 @@ class TrainingLog:
             kept += [line for line in lines if int(line.split(",")[0]) <= last_step]
         path.write_text("\n".join(kept) + "\n")
         self.path, self.columns = path, columns
+        #: column -> text of the last row found
+        self.last = dict(zip(columns, kept[-1].split(","), strict=True)) if len(kept) > 1 else {}
 
-    def write(self, *values) -> None:
-        """Append one row, and print it."""
+    def write(self, *values, note: str = "") -> None:
+        """Append one row, and print it with the note."""
         with self.path.open("a") as stream:
             stream.write(",".join(map(str, values)) + "\n")
-        print(" ".join(f"{c} {v}" for c, v in zip(self.columns, values, strict=True)), flush=True)
+        print(" ".join(f"{c} {v}" for c, v in zip(self.columns, values, strict=True)), note,
+              flush=True)
 
 
 @contextmanager

@@ -26,10 +26,53 @@ class Method:
         checkpoint: a folder, a name below `data/`, or a hub id; None: reference solutions are
             played back instead of a model.
         style: key of `World.prompts`.
+        knapsack: levels are predicted first, and the paper's Greedy Knapsack chooses from them
+            which problems are sat.
+        charged: the tokens of that prediction are paid from the budget.
     """
 
     checkpoint: str | None
     style: str
+    knapsack: bool = False
+    charged: bool = False
+
+
+@dataclass(frozen=True)
+class MFTRecipe:
+    """How Meta-Cognitive Fine-Tuning is done. The paper leaves all of these open.
+
+    Attributes:
+        problems: training problems sampled a tier (fewer where a source has fewer).
+        samples: answers sampled a problem, at temperature 1.
+        keep: which right answer is taught: "shortest" or "median" (by cost).
+        exams: rows with several problems, after one row for every problem alone.
+        sizes: (number of problems, weight) of those rows.
+        rows, rows_at_once: rows an optimizer step, and of these at a time on a device.
+        learning_rate: AdamW's peak; linear warm-up and decay.
+        max_length: longest row in tokens; longer ones are left out and counted.
+        lora_rank: rank of the adapters on every linear layer; 0 trains all weights.
+        bf16: multiply in bfloat16.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        dev_exams: unseen papers of the training split behind the log's accuracies.
+        log_every, save_every: in optimizer steps.
+    """
+
+    problems: int
+    samples: int
+    keep: str
+    exams: int
+    sizes: tuple[tuple[int, int], ...]
+    rows: int
+    rows_at_once: int
+    learning_rate: float
+    max_length: int
+    lora_rank: int
+    bf16: bool
+    checkpointing: bool
+    dev_exams: int
+    log_every: int
+    save_every: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +89,10 @@ class World:
         header_pattern: regular expression of a header in a response; group 1 is the number.
         grader: how answers are compared (see `grading.GRADERS`).
         prompts: prompting style -> user message, with fields {budget}, {n} and {problems}.
-        checkpoint: default model (a folder below `data/`, or a hub id).
-        tokenizer: default tokenizer, likewise.
+        tokenizer: default tokenizer: a folder below `data/`, or a hub id.
+        dtype: arithmetic of the torch engine; "auto" for the checkpoint's own.
+        methods: name -> what the evaluation compares.
+        mft: recipe of Meta-Cognitive Fine-Tuning.
     """
 
     name: str
@@ -62,6 +107,7 @@ class World:
     tokenizer: str
     dtype: str
     methods: Mapping[str, Method]
+    mft: MFTRecipe
 
     @property
     def skip_level(self) -> int:
@@ -112,7 +158,15 @@ POCKET = World(
         "base": Method("pocket-base", "direct"),
         "plan_and_solve": Method("pocket-base", "plan_and_solve"),
         "least_to_most": Method("pocket-base", "least_to_most"),
+        "mft": Method("pocket-mft", "roi"),
+        "mft_greedy_knapsack": Method("pocket-mft", "roi", knapsack=True),
+        "mft_greedy_knapsack_charged": Method("pocket-mft", "roi", knapsack=True, charged=True),
     },
+    mft=MFTRecipe(
+        problems=2_000, samples=8, keep="shortest", exams=12_000,
+        sizes=((2, 3), (3, 12), (4, 2), (5, 1), (6, 1)), rows=32, rows_at_once=32,
+        learning_rate=1.5e-3, max_length=1_024, lora_rank=0, bf16=False, checkpointing=False,
+        dev_exams=64, log_every=50, save_every=100),
 )
 
 _EXAM_RULES = """\
@@ -155,7 +209,14 @@ for up to 1024. If it is not worth its tokens, write \
         "base": Method("Qwen/Qwen2.5-1.5B-Instruct", "direct"),
         "plan_and_solve": Method("Qwen/Qwen2.5-1.5B-Instruct", "plan_and_solve"),
         "least_to_most": Method("Qwen/Qwen2.5-1.5B-Instruct", "least_to_most"),
+        "mft": Method("paper-mft", "roi"),
+        "mft_greedy_knapsack": Method("paper-mft", "roi", knapsack=True),
+        "mft_greedy_knapsack_charged": Method("paper-mft", "roi", knapsack=True, charged=True),
     },
+    mft=MFTRecipe(
+        problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
+        rows=64, rows_at_once=4, learning_rate=1e-4, max_length=4_096, lora_rank=32, bf16=True,
+        checkpointing=True, dev_exams=32, log_every=20, save_every=50),
 )
 
 WORLDS = {world.name: world for world in (POCKET, PAPER)}

@@ -1,0 +1,350 @@
+"""Meta-Cognitive Fine-Tuning (MFT): predict what a problem will cost, then solve it or skip it.
+
+Stage one of the method, from the paper's section on MFT, step by step:
+
+    rejection_sample   K answers of the base model to each training problem, graded
+    align              one problem's answers -> what is taught: an answer with its level, or a skip
+    make_row           one or several of these -> one training row whose tags are exact
+    curriculum         the rows: every problem alone, then exams in mixed orders
+    fine_tune          TRL's SFTTrainer on the rows, with LoRA where the recipe says so
+    read_out           how well a tagged model knows itself
+"""
+
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from roi_lib.checkpoints import newest_complete, write_manifest
+from roi_lib.evaluation import segment_table, sit
+from roi_lib.exams import (
+    Exam,
+    draw_papers,
+    encode_prompt,
+    exam_prompt,
+    order_problems,
+    parse_response,
+)
+from roi_lib.generation import BudgetedGenerator, TorchGenerator
+from roi_lib.problems import Problem
+from roi_lib.sources import problem_stream
+from roi_lib.training import TrainingLog
+from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
+
+SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
+KEEP = ("shortest", "median")
+IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
+
+
+def tag(level: int) -> str:
+    """The words that predict a level."""
+    return f"{TAG_OPEN}Level-{level}{TAG_CLOSE}"
+
+
+def tag_tokens(world: World, tokenizer) -> int:
+    """Tokens of one tag.
+
+    Raises:
+        ValueError: the tokenizer does not give the tag back, or one level's tag is longer than
+            another's, so that a tag would change the very cost that it names.
+    """
+    tags = [tag(level) for level in range(world.skip_level + 1)]
+    ids = [tokenizer(words, add_special_tokens=False).input_ids for words in tags]
+    texts = ["".join(tokenizer.decode(i, skip_special_tokens=True).split()) for i in ids]
+    if texts != tags or len({len(i) for i in ids}) > 1:
+        raise ValueError(f"the tokenizer splits the level tags badly ({tags[0]} reads {texts[0]!r} "
+                         f"and takes {len(ids[0])} tokens, {tags[-1]} {len(ids[-1])}); "
+                         "take another tokenizer, or other tags")
+    return len(ids[0])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled answer to a problem sat alone.
+
+    Attributes:
+        words: the answer, without its header.
+        cost: tokens of the answer with its header and with the tag that it will get.
+        correct: right, and ended within the budget.
+    """
+
+    words: str
+    cost: int
+    correct: bool
+
+
+def training_problems(
+    world: World, count: int, seed: int = 0, root: Path | None = None, split: str = "train"
+) -> list[Problem]:
+    """Up to `count` different problems a tier: all there are, where a source has fewer."""
+    drawn = []
+    for tier in TIERS:
+        found: dict[str, Problem] = {}
+        repeats = 0
+        for problem in problem_stream(world, tier, split, seed, root):
+            repeats += problem.id in found
+            found.setdefault(problem.id, problem)
+            if len(found) == count or repeats > len(found):
+                break
+        drawn += found.values()
+    return drawn
+
+
+def rejection_sample(
+    world: World,
+    tokenizer,
+    generator: BudgetedGenerator,
+    problems: Sequence[Problem],
+    k: int = 8,
+    seed: int = 0,
+) -> list[list[Sample]]:
+    """`k` graded answers to every problem, alone, under the direct prompt, at temperature 1.
+
+    The budget is the top level's edge: an answer that needs more would be skipped anyway. Give a
+    `runlog.LoggedGenerator` to keep the answers on disk.
+
+    Raises:
+        ValueError: not one answer is right.
+    """
+    budget, extra = world.level_edges[-1], tag_tokens(world, tokenizer)
+    exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
+    sittings = sit(world, tokenizer, generator, exams, budget, seed=seed)
+    if not any(s.correct[0] for s in sittings):
+        raise ValueError(f"not one of {len(sittings)} sampled answers is right, so there is nothing "
+                         "to teach; look at some answers, and check model, prompt and grader")
+    samples = []
+    for s in sittings:
+        segment = s.response.segments[0]
+        words = re.sub(world.header_pattern, "", segment.text, count=1).strip()
+        good = s.correct[0] and s.finished and TAG_OPEN not in words
+        samples.append(Sample(words, segment.cost + extra, good))
+    return [samples[i : i + k] for i in range(0, len(samples), k)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What MFT teaches for one problem.
+
+    Attributes:
+        words: the kept answer, or a skip.
+        level: its level when the problem stands alone.
+        solve_rate: share of the samples that are right within the top level.
+    """
+
+    problem: Problem
+    words: str
+    level: int
+    solve_rate: float
+
+    @property
+    def skip(self) -> bool:
+        """Whether the problem is refused."""
+        return self.words == SKIP_WORDS
+
+
+def align(
+    world: World, problem: Problem, samples: Sequence[Sample], keep: str = "shortest"
+) -> Target:
+    """Tag alignment and refusal learning: one problem's samples -> what is taught.
+
+    Of the right answers within the top level one is kept: the "shortest" (it teaches thrift, and
+    an answer that is right by luck and long is dropped) or the "median" by cost (it teaches what
+    the model usually spends). Where there is none, the problem is refused.
+
+    Raises:
+        ValueError: unknown `keep`.
+    """
+    if keep not in KEEP:
+        raise ValueError(f"keep must be one of {', '.join(KEEP)}, not {keep!r}")
+    good = sorted((s for s in samples if s.correct and world.level_of(s.cost) < world.skip_level),
+                  key=lambda s: s.cost)
+    rate = len(good) / len(samples)
+    if not good:
+        return Target(problem, SKIP_WORDS, world.skip_level, rate)
+    kept = good[0] if keep == "shortest" else good[(len(good) - 1) // 2]
+    return Target(problem, kept.words, world.level_of(kept.cost), rate)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: token ids of prompt and response, and the response's levels."""
+
+    prompt: list[int]
+    response: list[int]
+    levels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def make_row(world: World, tokenizer, targets: Sequence[Target], budget: int) -> Row:
+    """The row that answers these problems in this order under `budget` tokens.
+
+    Levels are read off the row's own tokens, tags and end-of-sequence included, as a sitting
+    would be: next to an edge a problem may cost another level in an exam than alone.
+
+    Raises:
+        ValueError: no levels agree with the costs that they bring about.
+    """
+    exam = Exam(tuple(t.problem for t in targets), "medium")
+    prompt = encode_prompt(tokenizer, exam_prompt(world, exam, budget, "roi"))
+    levels, words = [t.level for t in targets], [t.words for t in targets]
+    for _ in range(len(targets) + 2):
+        text = "\n".join(f"{world.header.format(i=i)}\n{tag(level)} {answer}" for i, (level, answer)
+                         in enumerate(zip(levels, words, strict=True), start=1))
+        response = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        segments = parse_response(world, tokenizer, response, len(targets)).segments
+        real = [world.skip_level if answer == SKIP_WORDS else world.level_of(segment.cost)
+                for answer, segment in zip(words, segments, strict=True)]
+        if real == levels:
+            return Row(prompt, response, levels)
+        levels = real
+        words = [SKIP_WORDS if level == world.skip_level else answer
+                 for level, answer in zip(levels, words, strict=True)]
+    raise ValueError(f"the tags of {targets[0].problem.id} do not settle on the costs they name")
+
+
+def curriculum(
+    world: World, tokenizer, targets: Sequence[Target], recipe: MFTRecipe
+) -> list[Row]:
+    """All rows in training order: every problem alone, then exams of several, in mixed orders.
+
+    Budgets in the prompts are the world's own in half of the rows, else anything from half the
+    smallest to twice the largest: the level of a problem does not depend on them.
+    """
+    rng = random.Random(f"{recipe.seed}/mft")
+
+    def budget() -> int:
+        low, high = min(world.budgets) // 2, 2 * max(world.budgets)
+        return rng.choice(world.budgets) if rng.random() < 0.5 else rng.randint(low, high)
+
+    by_tier = {tier: [t for t in targets if t.problem.tier == tier] for tier in TIERS}
+    tiers = [tier for tier in TIERS if by_tier[tier]]
+    alone = [[t] for t in targets]
+    exams = []
+    for _ in range(recipe.exams):
+        n = rng.choices(*zip(*recipe.sizes, strict=True))[0]
+        mix = list(tiers) if n == len(tiers) and rng.random() < 0.6 else rng.choices(tiers, k=n)
+        rng.shuffle(mix)
+        exams.append([rng.choice(by_tier[tier]) for tier in mix])
+    rows = []
+    for stage in (alone, exams):
+        made = [make_row(world, tokenizer, some, budget()) for some in stage]
+        rows += in_batches_of_like_length(
+            [row for row in made if len(row) <= recipe.max_length], recipe.rows, rng)
+    return rows
+
+
+def in_batches_of_like_length(rows: list[Row], size: int, rng: random.Random) -> list[Row]:
+    """Shuffled rows in whole batches of `size` that need little padding; the odd rest is left."""
+    rng.shuffle(rows)
+    rows = rows[: len(rows) // size * size or len(rows)]
+    batches = []
+    for start in range(0, len(rows), 16 * size):
+        block = sorted(rows[start : start + 16 * size], key=Row.__len__)
+        batches += [block[i : i + size] for i in range(0, len(block), size)]
+    rng.shuffle(batches)
+    return [row for batch in batches for row in batch]
+
+
+def as_dataset(rows: Sequence[Row]) -> Dataset:
+    """Token ids and labels for TRL; prompts are not learned."""
+    return Dataset.from_list([
+        {"input_ids": row.prompt + row.response,
+         "labels": [IGNORED] * len(row.prompt) + row.response} for row in rows])
+
+
+class DevLog(TrainerCallback):
+    """Sits the dev exams with the model as it is, and logs; marks whole checkpoints as whole."""
+
+    COLUMNS = ("step", "loss", "rate", "tag_accuracy", "skip_rate", "answer_accuracy", "seconds")
+
+    def __init__(self, world: World, tokenizer, recipe: MFTRecipe, path: Path, last_step: int,
+                 root: Path | None) -> None:
+        self.world, self.tokenizer, self.last_step = world, tokenizer, last_step
+        papers = draw_papers(world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
+                             root=root)
+        self.exams = [Exam(order_problems(p, "medium", str(i)), "medium")
+                      for i, p in enumerate(papers)]
+        self.log = TrainingLog(path, self.COLUMNS, last_step)
+        self.begin = time.monotonic() - float(self.log.last.get("seconds", 0))
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
+        """One line of the log, with the remaining time."""
+        if "loss" not in logs:
+            return
+        if not np.isfinite(float(logs["loss"])):
+            raise FloatingPointError(f"the loss is {logs['loss']} at step {state.global_step}; "
+                                     "lower the learning rate")
+        model.eval()
+        marks = segment_table(self.world, sit(
+            self.world, self.tokenizer, TorchGenerator.of(model, self.tokenizer), self.exams,
+            ample_budget(self.world, self.exams), "roi", seed=1))
+        model.train()
+        tried = marks["predicted"] != self.world.skip_level
+        seconds = time.monotonic() - self.begin
+        share = state.global_step / state.max_steps
+        self.log.write(
+            state.global_step, round(float(logs["loss"]), 5),
+            round(float(logs["learning_rate"]) / args.learning_rate, 4),
+            *(round(float(x.mean()), 4) if len(x) else "" for x in (
+                (marks["predicted"] == marks["real"])[tried], marks["skipped"],
+                marks["correct"][tried])), round(seconds),
+            note=f"about {seconds / share - seconds:.0f} s left")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """The manifest comes last: a checkpoint without it was not written to the end (F1)."""
+        write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def ample_budget(world: World, exams: Sequence[Exam]) -> int:
+    """A budget in tokens that cuts nobody short: twice the top level's edge a problem."""
+    return 2 * world.level_edges[-1] * max(len(exam.problems) for exam in exams)
+
+
+def fine_tune(
+    world: World, tokenizer, model, rows: Sequence[Row], recipe: MFTRecipe, work: Path,
+    root: Path | None = None,
+):
+    """Train on the rows in their order with TRL's SFTTrainer; returns the model, adapters merged.
+
+    Continues from the newest whole checkpoint below `work`, and keeps `log.csv` there.
+    """
+    state = newest_complete(work, "checkpoint-")
+    if state:
+        print(f"continuing from {state}")
+    log = DevLog(world, tokenizer, recipe, work / "log.csv",
+                 int(state.name.split("-")[1]) if state else 0, root)
+    adapters = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, lora_dropout=0.0,
+                          target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model, sft_config(recipe, work), train_dataset=as_dataset(rows),
+        processing_class=tokenizer, callbacks=[log],
+        peft_config=adapters if recipe.lora_rank else None)
+    trainer.remove_callback(PrinterCallback)  # it prints what the log prints
+    trainer.train(resume_from_checkpoint=str(state) if state else None)
+    model = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
+    return model.eval()
+
+
+def sft_config(recipe: MFTRecipe, work: Path) -> SFTConfig:
+    """The recipe in TRL's terms."""
+    return SFTConfig(
+        output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential",
+        per_device_train_batch_size=recipe.rows_at_once,
+        gradient_accumulation_steps=max(1, recipe.rows // recipe.rows_at_once),
+        learning_rate=recipe.learning_rate, lr_scheduler_type="linear", warmup_steps=0.03,
+        weight_decay=0.0, max_grad_norm=1.0, packing=False, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, bf16=recipe.bf16,
+        gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
+        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to="none",
+        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
