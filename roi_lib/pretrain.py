@@ -223,8 +223,9 @@ def publish(world: World, tokenizer, model, out: Path, progress: dict, log: Path
     papers = draw_papers(world, CARD_PAPERS, seed=CARD_SEED)
     generator = TorchGenerator.of(model.to(getattr(torch, world.dtype)), tokenizer)
     costs = family_costs(world, tokenizer, papers)
-    marks = [family_marks(world, tokenizer, generator, papers, CARD_BUDGET, alone, CARD_SEED)
-             for alone in (True, False)]
+    marks, cut = zip(*(
+        family_marks(world, tokenizer, generator, papers, CARD_BUDGET, alone, CARD_SEED)
+        for alone in (True, False)), strict=True)
     rows = []
     for tier in TIERS:
         for family in world.families[tier]:
@@ -238,7 +239,7 @@ def publish(world: World, tokenizer, model, out: Path, progress: dict, log: Path
         steps=f"{progress['step']:,}", tokens=f"{progress['tokens'] / 1e6:.1f}",
         minutes=f"{progress['seconds'] / 60:.0f}", threads=torch.get_num_threads(),
         recipe=json.dumps(progress["recipe"], indent=1), papers=f"{CARD_PAPERS:,}",
-        seed=CARD_SEED, budget=CARD_BUDGET)
+        seed=CARD_SEED, budget=CARD_BUDGET, cut_alone=f"{cut[0]:.1%}", cut_within=f"{cut[1]:.1%}")
 
     model.float()  # as it was trained: the wider arithmetic was for measuring alone
 
@@ -273,7 +274,10 @@ shared 2-core x86-64 CPU; the loss is in `log.csv`. Command: `python -m roi_lib 
 **Measured** on {papers} unseen papers of three problems (seed {seed}), sampling at temperature 1
 under an ample budget of {budget} tokens: every problem alone, and the same problems within their
 papers in medium order (± is the half-width of the 95 % interval). Costs are response tokens of
-the worked solution alone, header and end-of-sequence included.
+the worked solution alone, header and end-of-sequence included. The budget cut {cut_alone} of the
+problems alone, which count as wrong, and {cut_within} of the papers, which the last column leaves
+out: there a search has missed its target and goes round for ever, and what comes after it is
+never reached.
 
 | tier | family | mean cost | 5 % | 50 % | 95 % | problems | right alone | right within a paper |
 |---|---|---|---|---|---|---|---|---|

@@ -5,10 +5,11 @@ import pytest
 
 from roi_lib.evaluation import (
     bootstrap_means,
+    confusion,
     interval,
-    level_hits,
     reference_generator,
     regret,
+    segment_table,
     sit,
     smallest_budget,
     summarize,
@@ -81,9 +82,9 @@ def test_no_exams(tokenizer):
         sit(POCKET, tokenizer, None, [], 64)
 
 
-def test_level_hits_use_the_real_cost(tokenizer, monkeypatch):
+def test_levels_are_compared_with_the_real_cost(tokenizer):
     sittings = sat(tokenizer, "easy", 1_000, papers=1)
-    assert level_hits(POCKET, sittings) == []
+    assert summarize(POCKET, sittings, sittings)["level_accuracy"] is None
     words = ("Q1. <predicted_level>Level-0</predicted_level> \\boxed{1} "
              "Q2. <predicted_level>Level-3</predicted_level> \\boxed{NA} "
              "Q3. <predicted_level>Level-2</predicted_level> \\boxed{1}")
@@ -93,7 +94,13 @@ def test_level_hits_use_the_real_cost(tokenizer, monkeypatch):
             return tokenizer(words).input_ids
     exam = sittings[0].exam
     replay = ReplayGenerator(Always(), tokenizer.eos_token_id)
-    assert level_hits(POCKET, sit(POCKET, tokenizer, replay, [exam], 64)) == [True, True, False]
+    table = segment_table(POCKET, sit(POCKET, tokenizer, replay, [exam], 64))
+    assert table["predicted"].tolist() == [0, 3, 2]
+    assert table["real"].tolist() == [0, 3, 0]
+    assert table["skipped"].tolist() == [False, True, False]
+    assert table["tier"].tolist() == ["easy", "medium", "hard"]
+    counts = confusion(POCKET, table["predicted"], table["real"])
+    assert counts.sum() == 3 and counts[0, 0] == counts[3, 3] == counts[2, 0] == 1
 
 
 @pytest.mark.parametrize(("answer", "gold", "right"), [
