@@ -6,18 +6,18 @@ Whatever a user can get wrong ends in one sentence on standard error and exit st
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from roi_lib.files import write_json
 
 
-def check_writable(path: Path | None) -> None:
-    """Refuse an output file that cannot be written before the work starts."""
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuse an option's output file that cannot be written before the work starts."""
     if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of --out does not exist: {path.parent}")
+        raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
     if path is not None and path.is_dir():
-        raise ValueError(f"--out names a folder: {path}")
+        raise ValueError(f"{option} names a folder: {path}")
 
 
 def exam(args) -> None:
@@ -28,9 +28,9 @@ def exam(args) -> None:
     from roi_lib.sources import load_jsonl
     from roi_lib.worlds import get_world
 
-    check_writable(args.out)
-    check_writable(args.write_papers)
-    check_writable(args.plot)
+    check_writable("--out", args.out)
+    check_writable("--write-papers", args.write_papers)
+    check_writable("--plot", args.plot)
     world = get_world(args.world)
     for name in args.methods:
         world.method(name)
@@ -111,6 +111,38 @@ def train_pretrain(args) -> None:
     pretrain(get_world(args.world), args.out, args.work, config)
 
 
+def train_mft(args) -> None:
+    """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips."""
+    from roi_lib.mft import run
+    from roi_lib.worlds import get_world
+
+    world = get_world(args.world)
+    run(world, args.out or Path(f"data/{world.name}-mft"), args.work,
+        change(world.mft, args.set), args.model, args.engine, args.data)
+
+
+def change(recipe, settings: list[str]):
+    """A recipe with some fields changed by `name=value`.
+
+    Raises:
+        ValueError: unknown name, or a value of another kind.
+    """
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if not hasattr(recipe, name):
+            known = ", ".join(asdict(recipe))
+            raise ValueError(f"the recipe has no {name!r}; choose from {known}")
+        kind = type(getattr(recipe, name))
+        try:
+            value = text if kind is str else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--set {setting}: the value must be a {kind.__name__}") from error
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"--set {setting}: the value must be a {kind.__name__}")
+        recipe = replace(recipe, **{name: value})
+    return recipe
+
+
 def train_tokenizer(args) -> None:
     """Make a world's own tokenizer."""
     from roi_lib.tokenizer import make_tokenizer
@@ -136,7 +168,7 @@ def bench_generation(args) -> None:
 
 def run_bench(bench, out: Path | None) -> None:
     """Print what a benchmark measures, and write it to `out` if given."""
-    check_writable(out)
+    check_writable("--out", out)
     result = bench()
     print(json.dumps(result, indent=1))
     if out:
@@ -226,6 +258,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--work", type=Path, default=Path("runs/pretrain"),
                          help="training state and log; a run found there is continued")
     command.add_argument("--out", type=Path, default=Path("data/pocket-base"), help="checkpoint")
+    command = add(stages, "mft", train_mft)
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    command.add_argument("--model", help="checkpoint to start from; the world's base")
+    command.add_argument("--engine", default="torch", help="samples the answers: torch or vllm")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                         help="change the recipe, for example samples=4; may be repeated")
+    command.add_argument("--work", type=Path, default=Path("runs/mft"),
+                         help="samples, log and states; a run found there is continued")
+    command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-mft")
     command = add(stages, "tokenizer", train_tokenizer)
     command.add_argument("--world", default="pocket", help="pocket or paper")
     command.add_argument("--data", type=Path, help="local root of the paper world's datasets")

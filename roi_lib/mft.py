@@ -7,14 +7,17 @@ Stage one of the method, from the paper's section on MFT, step by step:
     make_row           one or several of these -> one training row whose tags are exact
     curriculum         the rows: every problem alone, then exams in mixed orders
     fine_tune          TRL's SFTTrainer on the rows, with LoRA where the recipe says so
-    read_out           how well a tagged model knows itself
+    calibrate          how well a tagged model knows itself
+    run                all of it, to a checkpoint with its card
 """
 
+import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +27,15 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from roi_lib.checkpoints import newest_complete, write_manifest
-from roi_lib.evaluation import segment_table, sit
+from roi_lib.checkpoints import (
+    load_model,
+    load_tokenizer,
+    newest_complete,
+    write_folder,
+    write_manifest,
+)
+from roi_lib.engines import make_engine
+from roi_lib.evaluation import confusion, segment_table, sit
 from roi_lib.exams import (
     Exam,
     draw_papers,
@@ -34,10 +44,12 @@ from roi_lib.exams import (
     order_problems,
     parse_response,
 )
+from roi_lib.files import write_json
 from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
+from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sources import problem_stream
-from roi_lib.training import TrainingLog
+from roi_lib.training import TrainingLog, folder_lock
 from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
 
 SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
@@ -119,7 +131,7 @@ def rejection_sample(
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
     sittings = sit(world, tokenizer, generator, exams, budget, seed=seed)
     if not any(s.correct[0] for s in sittings):
-        raise ValueError(f"not one of {len(sittings)} sampled answers is right, so there is nothing "
+        raise ValueError(f"not one of {len(sittings)} sampled answers is right: there is nothing "
                          "to teach; look at some answers, and check model, prompt and grader")
     samples = []
     for s in sittings:
@@ -288,9 +300,9 @@ class DevLog(TrainerCallback):
         model.eval()
         marks = segment_table(self.world, sit(
             self.world, self.tokenizer, TorchGenerator.of(model, self.tokenizer), self.exams,
-            ample_budget(self.world, self.exams), "roi", seed=1))
+            2 * max(self.world.budgets), "roi", seed=1))
         model.train()
-        tried = marks["predicted"] != self.world.skip_level
+        tried = marks["reached"] & ~marks["skipped"]
         seconds = time.monotonic() - self.begin
         share = state.global_step / state.max_steps
         self.log.write(
@@ -347,4 +359,198 @@ def sft_config(recipe: MFTRecipe, work: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True}, bf16=recipe.bf16,
         gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
         save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to="none",
-        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+        logging_nan_inf_filter=False, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+
+
+def label_statistics(targets: Sequence[Target]) -> list[dict]:
+    """One dict a family: tier, family, problems, share of each level, mean solve rate."""
+    rows = []
+    for tier in TIERS:
+        for family in sorted({t.problem.family for t in targets if t.problem.tier == tier}):
+            own = [t for t in targets if t.problem.family == family and t.problem.tier == tier]
+            levels = np.bincount([t.level for t in own], minlength=4) / len(own)
+            rows.append({"tier": tier, "family": family, "problems": len(own),
+                         **{f"level_{k}": round(float(x), 4) for k, x in enumerate(levels)},
+                         "solve_rate": round(float(np.mean([t.solve_rate for t in own])), 4)})
+    return rows
+
+
+def calibrate(
+    world: World,
+    tokenizer,
+    base: BudgetedGenerator,
+    tagged: BudgetedGenerator,
+    papers: Sequence[Sequence[Problem]],
+    k: int = 8,
+    seed: int = 0,
+) -> dict:
+    """How well a tagged model knows itself: unseen papers, medium order, an ample budget.
+
+    What a problem should have been labelled comes from `k` samples of the base model alone, as in
+    training. Returns, JSON-ready: `tag_accuracy` by tier and position (problems tried),
+    `answer_accuracy` of both models, `skip_rate` and `refused` (share of Level-3 labels) by tier,
+    `confusion` [predicted][real] (problems tried), `false_skips` (mean solve rate of the skipped)
+    and `missed_skips` (share of the tried that no sample solved).
+
+    Raises:
+        ValueError: not one response holds a closed level tag.
+    """
+    exams = [Exam(order_problems(p, "medium", f"{seed}/{i}"), "medium")
+             for i, p in enumerate(papers)]
+    before, after = (segment_table(world, sit(world, tokenizer, generator, exams,
+                                              ample_budget(world, exams), style, seed=seed))
+                     for generator, style in ((base, "direct"), (tagged, "roi")))
+    if (after["predicted"] < 0).all():
+        raise ValueError(f"not one of {len(exams)} responses holds a closed level tag; "
+                         "is this a model that MFT has trained?")
+    problems = [problem for exam in exams for problem in exam.problems]
+    samples = rejection_sample(world, tokenizer, base, problems, k, seed)
+    targets = [align(world, p, s) for p, s in zip(problems, samples, strict=True)]
+    refused = np.array([t.skip for t in targets])
+    solve_rate = np.array([t.solve_rate for t in targets])
+    tier = {name: after["tier"] == name for name in TIERS}
+    tried, skipped = after["reached"] & ~after["skipped"], after["skipped"]
+    hit = after["predicted"] == after["real"]
+
+    def share(values, mask) -> float | None:
+        return round(float(values[mask].mean()), 4) if mask.any() else None
+
+    positions = range(1, after["position"].max() + 1)
+    return {
+        "papers": len(exams), "samples": k, "seed": seed,
+        "tag_accuracy": {t: [share(hit, tried & m & (after["position"] == n)) for n in positions]
+                         for t, m in tier.items()},
+        "answer_accuracy": {t: {"base": share(before["correct"], before["tier"] == t),
+                                "mft": share(after["correct"], m)} for t, m in tier.items()},
+        "skip_rate": {t: share(skipped, m) for t, m in tier.items()},
+        "refused": {t: share(refused, m) for t, m in tier.items()},
+        "confusion": confusion(world, after["predicted"][tried], after["real"][tried]).tolist(),
+        "false_skips": share(solve_rate, skipped),
+        "missed_skips": share(refused, tried),
+    }
+
+
+def run(
+    world: World,
+    out: Path,
+    work: Path,
+    recipe: MFTRecipe,
+    checkpoint: str | None = None,
+    engine: str = "torch",
+    root: Path | None = None,
+) -> None:
+    """The whole stage: sample, align, train, measure, write the checkpoint to `out`.
+
+    `work` keeps samples.jsonl, labels.json, log.csv and the trainer's states; a run found there
+    goes on where it stopped.
+
+    Args:
+        checkpoint: the model to start from; the world's base.
+        engine: samples the answers (see `engines.ENGINES`).
+        root: local folder of the datasets.
+
+    Raises:
+        ValueError: `work` holds a run of another recipe or model, or another process is at it.
+    """
+    checkpoint = checkpoint or world.method("base").checkpoint
+    with folder_lock(work):
+        same_recipe(work, asdict(recipe) | {"world": world.name, "model": model_hash(checkpoint)})
+        begin = time.monotonic()
+        tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
+        problems = training_problems(world, recipe.problems, recipe.seed, root)
+        base = make_engine(engine, checkpoint, tokenizer, "auto")  # as it was trained
+        log = RunLog(work / "samples.jsonl", {
+            "world": world.name, "method": "rejection sampling", "model": model_hash(checkpoint),
+            "seed": recipe.seed})
+        samples = rejection_sample(world, tokenizer,
+                                   LoggedGenerator(base, log, 10.0, "rejection sampling"),
+                                   problems, recipe.samples, recipe.seed)
+        targets = [align(world, p, s, recipe.keep)
+                   for p, s in zip(problems, samples, strict=True)]
+        write_json(work / "labels.json", label_statistics(targets))
+        rows = curriculum(world, tokenizer, targets, recipe)
+        model = load_model(checkpoint, "float32")
+        model = fine_tune(world, tokenizer, model, rows, recipe, work, root)
+        minutes = (time.monotonic() - begin) / 60
+        tokens = sum(map(len, rows))
+        papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1, root=root)
+        tagged = TorchGenerator.of(model.to(base.model.dtype) if engine == "torch" else model,
+                                   tokenizer)
+        result = calibrate(world, tokenizer, base, tagged, papers, recipe.samples, recipe.seed + 1)
+        card = model_card(out.name, world, checkpoint, recipe, targets, result,
+                          f"{len(rows):,} rows, {tokens / 1e6:.1f} million tokens, "
+                          f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
+
+        def fill(folder: Path) -> None:
+            model.float().save_pretrained(folder)
+            shutil.copy(work / "log.csv", folder / "log.csv")
+            write_json(folder / "labels.json", label_statistics(targets))
+            write_json(folder / "calibration.json", result)
+            (folder / "README.md").write_text(card)
+
+        write_folder(out, fill)
+
+
+def same_recipe(work: Path, recipe: dict) -> None:
+    """Write down what a run is, or refuse to go on with another one.
+
+    Raises:
+        ValueError: `work` holds a run of another recipe.
+    """
+    path, recipe = work / "recipe.json", json.loads(json.dumps(recipe))
+    if path.exists():
+        found = json.loads(path.read_text())
+        other = sorted(key for key in recipe if found.get(key) != recipe[key])
+        if other:
+            raise ValueError(f"{work} holds a run with another {', '.join(other)}; "
+                             "choose another --work")
+    write_json(path, recipe)
+
+
+def as_table(rows: Sequence[dict]) -> str:
+    """Dicts with the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join("--" if x is None else str(x) for x in line) + " |"
+                     for line in lines)
+
+
+def model_card(name, world, checkpoint, recipe, targets, result, made) -> str:
+    """The README of the checkpoint."""
+    knows = [{"tier": tier,
+              **{f"tag right at {n}": x for n, x in enumerate(result["tag_accuracy"][tier], 1)},
+              "right, base": result["answer_accuracy"][tier]["base"],
+              "right, MFT": result["answer_accuracy"][tier]["mft"],
+              "skipped": result["skip_rate"][tier], "Level-3 labels": result["refused"][tier]}
+             for tier in TIERS]
+    return CARD.format(name=name, checkpoint=checkpoint, tokenizer=world.tokenizer, made=made,
+                       world=world.name, recipe=json.dumps(asdict(recipe), indent=1),
+                       labels=as_table(label_statistics(targets)), knows=as_table(knows), **result)
+
+
+CARD = """\
+# {name}
+
+`{checkpoint}` after Meta-Cognitive Fine-Tuning: it predicts the level of each problem's cost, then
+solves it or skips it. Tokenizer: `{tokenizer}`. Licence: MIT, as the repository.
+
+**Made by** `python -m roi_lib train mft --world {world}`: {made}. The log is `log.csv`. Recipe:
+
+```json
+{recipe}
+```
+
+**Labels** of the training problems (`labels.json`), by rejection sampling; the solve rate is the
+share of samples that are right within the top level:
+
+{labels}
+
+**Measured** on {papers} unseen papers (seed {seed}), medium order, temperature 1, ample budget
+(`calibration.json`): share of right tags among problems tried, by position; share of right
+answers; share skipped beside the share that {samples} samples of the base would have refused.
+
+{knows}
+
+Of what it skips, the base would have solved {false_skips:.1%} (mean solve rate of the samples);
+of what it tries, {missed_skips:.1%} was solved by no sample.
+"""

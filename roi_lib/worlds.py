@@ -54,6 +54,7 @@ class MFTRecipe:
         bf16: multiply in bfloat16.
         checkpointing: recompute activations in the backward pass, for less memory.
         dev_exams: unseen papers of the training split behind the log's accuracies.
+        card_papers: unseen papers of the test split behind the model card.
         log_every, save_every: in optimizer steps.
     """
 
@@ -70,6 +71,7 @@ class MFTRecipe:
     bf16: bool
     checkpointing: bool
     dev_exams: int
+    card_papers: int
     log_every: int
     save_every: int
     seed: int = 0
@@ -163,10 +165,10 @@ POCKET = World(
         "mft_greedy_knapsack_charged": Method("pocket-mft", "roi", knapsack=True, charged=True),
     },
     mft=MFTRecipe(
-        problems=2_000, samples=8, keep="shortest", exams=12_000,
+        problems=1_200, samples=4, keep="shortest", exams=9_000,
         sizes=((2, 3), (3, 12), (4, 2), (5, 1), (6, 1)), rows=32, rows_at_once=32,
         learning_rate=1.5e-3, max_length=1_024, lora_rank=0, bf16=False, checkpointing=False,
-        dev_exams=64, log_every=50, save_every=100),
+        dev_exams=64, card_papers=500, log_every=50, save_every=100),
 )
 
 _EXAM_RULES = """\
@@ -216,7 +218,8 @@ for up to 1024. If it is not worth its tokens, write \
     mft=MFTRecipe(
         problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
         rows=64, rows_at_once=4, learning_rate=1e-4, max_length=4_096, lora_rank=32, bf16=True,
-        checkpointing=True, dev_exams=32, log_every=20, save_every=50),
+        checkpointing=True, dev_exams=32, card_papers=100, log_every=20,
+        save_every=50),
 )
 
 WORLDS = {world.name: world for world in (POCKET, PAPER)}

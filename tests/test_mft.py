@@ -1,0 +1,251 @@
+"""MFT: labels, rows, training that can be continued, calibration, and what must be refused."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from roi_lib import mft
+from roi_lib.__main__ import change
+from roi_lib.evaluation import reference_generator, segment_table, sit
+from roi_lib.exams import Exam, draw_papers, parse_response, reference_response
+from roi_lib.generation import ReplayGenerator
+from roi_lib.mft import Sample, Target
+from roi_lib.pretrain import new_model
+from roi_lib.tokenizer import train_bpe
+from roi_lib.worlds import PAPER, POCKET, TIERS
+
+SMALL = replace(POCKET.mft, problems=8, exams=8, rows=4, rows_at_once=2, dev_exams=2, log_every=2,
+                save_every=2)
+
+
+def right(cost):
+    return Sample(f"\\boxed{{{cost}}}", cost, True)
+
+
+def reference_targets(tokenizer, count=8, world=POCKET, problems=None):
+    """Targets from the worked solutions; the dearest are refused."""
+    problems = problems or mft.training_problems(world, count)
+    extra = mft.tag_tokens(world, tokenizer)
+    targets = []
+    for p in problems:
+        words = reference_response(world, [p])
+        cost = len(tokenizer(words, add_special_tokens=False).input_ids) + 1 + extra
+        targets.append(mft.align(world, p, [Sample(p.solution, cost, True)]))
+    return targets
+
+
+@pytest.fixture(scope="module")
+def targets(tokenizer):
+    return reference_targets(tokenizer)
+
+
+@pytest.mark.parametrize(("samples", "keep", "words", "level"), [
+    ([right(40), right(20), right(70)], "shortest", "\\boxed{20}", 0),
+    ([right(40), right(20), right(70)], "median", "\\boxed{40}", 1),
+    ([right(40), right(20), right(70), right(90)], "median", "\\boxed{40}", 1),
+    ([right(128), Sample("\\boxed{5}", 5, False)], "shortest", "\\boxed{128}", 2),
+    ([right(129), right(200)], "shortest", mft.SKIP_WORDS, 3),
+    ([right(20), right(129), right(130)], "median", "\\boxed{20}", 0),
+    ([Sample("\\boxed{5}", 5, False)], "shortest", mft.SKIP_WORDS, 3),
+])
+def test_one_problem_becomes_one_label(samples, keep, words, level):
+    target = mft.align(POCKET, draw_papers(POCKET, 1)[0][0], samples, keep)
+    assert (target.words, target.level, target.skip) == (words, level, level == 3)
+
+
+def test_unknown_choice_of_the_kept_sample():
+    with pytest.raises(ValueError, match="keep must be one of shortest, median"):
+        mft.align(POCKET, draw_papers(POCKET, 1)[0][0], [right(1)], "longest")
+
+
+def test_rejection_sampling_counts_the_tag_that_is_to_come(tokenizer):
+    problems = mft.training_problems(POCKET, 5)
+    exams = [Exam((p,), "easy") for p in problems]
+    generator = reference_generator(POCKET, tokenizer, exams, [128], "direct")
+    samples = mft.rejection_sample(POCKET, tokenizer, generator, problems, k=2)
+    assert [len(s) for s in samples] == [2] * 15
+    for problem, (sample, _) in zip(problems, samples, strict=True):
+        words = reference_response(POCKET, [problem])
+        whole = len(tokenizer(words).input_ids) + 1
+        assert sample.correct == (whole <= 128)
+        if sample.correct:
+            assert sample.words == problem.solution and sample.cost == whole + 3
+
+
+def test_no_right_sample_at_all(tokenizer):
+    problems = mft.training_problems(POCKET, 2)
+    class Wrong(dict):
+        def __missing__(self, key):
+            return tokenizer("Q1. \\boxed{0} 0").input_ids[:1]
+    with pytest.raises(ValueError, match="not one of 6 sampled answers is right"):
+        mft.rejection_sample(POCKET, tokenizer, ReplayGenerator(Wrong(), tokenizer.eos_token_id),
+                             problems, k=1)
+
+
+def test_a_tokenizer_that_splits_the_tag_badly(tokenizer):
+    def longer(words, **options):
+        out = tokenizer(words, **options)
+        if "Level-3" in words:
+            out["input_ids"] = [*out.input_ids, tokenizer.eos_token_id]
+        return out
+    longer.decode = tokenizer.decode
+    assert mft.tag_tokens(POCKET, tokenizer) == 3
+    with pytest.raises(ValueError, match="splits the level tags badly"):
+        mft.tag_tokens(POCKET, longer)
+
+
+def test_levels_of_a_row_are_those_a_sitting_finds(tokenizer, targets):
+    rng = random.Random(0)
+    for n in (1, 2, 3, 5):
+        chosen = rng.sample(targets, n)
+        row = mft.make_row(POCKET, tokenizer, chosen, budget=100)
+        segments = parse_response(POCKET, tokenizer, row.response, n).segments
+        assert [s.level for s in segments] == row.levels
+        assert row.levels == [3 if s.skipped else POCKET.level_of(s.cost) for s in segments]
+        assert [s.skipped for s in segments] == [t.skip for t in chosen]
+        assert "Budget: 1 00 tokens" in tokenizer.decode(row.prompt)
+    assert row.response[-1] == tokenizer.eos_token_id
+
+
+def test_next_to_an_edge_a_level_depends_on_the_place(tokenizer):
+    """33 tokens alone, end-of-sequence included, are 32 where another problem follows."""
+    problem, other = draw_papers(POCKET, 1)[0][:2]
+    filler = "1 + 1 = 2. " * 3 + "2 . 2 . 2 "
+    words = filler + "\\boxed{2}"
+    edge = Target(problem, words, 1, 1.0)
+    alone = mft.make_row(POCKET, tokenizer, [edge], 64)
+    cost = len(alone.response)
+    words = ". " * (33 - cost) + words
+    edge = Target(problem, words, 1, 1.0)
+    assert mft.make_row(POCKET, tokenizer, [edge], 64).levels == [1]
+    assert mft.make_row(POCKET, tokenizer, [edge, edge], 64).levels == [0, 1]
+
+
+def test_curriculum_is_singles_then_exams_and_learns_responses_only(tokenizer, targets):
+    rows = mft.curriculum(POCKET, tokenizer, targets, SMALL)
+    numbers = [len(row.levels) for row in rows]
+    assert numbers[:24] == [1] * 24 and min(numbers[24:]) > 1 and len(rows) == 32
+    for row, learned in zip(rows, mft.as_dataset(rows), strict=True):
+        assert learned["labels"] == [-100] * len(row.prompt) + row.response
+
+
+def train(tokenizer, targets, work, recipe=SMALL):
+    rows = mft.curriculum(POCKET, tokenizer, targets, recipe)
+    return mft.fine_tune(POCKET, tokenizer, new_model(tokenizer, TINY), rows, recipe, work)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tokenizer, targets, tmp_path_factory):
+    work = tmp_path_factory.mktemp("whole")
+    return train(tokenizer, targets, work).state_dict(), (work / "log.csv").read_text()
+
+
+def test_F3_a_run_that_was_cut_ends_like_one_that_was_not(tokenizer, targets, whole_run, tmp_path,
+                                                          monkeypatch):
+    weights, log = whole_run
+    def interrupted(self, args, state, *rest, **more):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(mft.DevLog, "on_step_end", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(tokenizer, targets, tmp_path)
+    monkeypatch.undo()
+    # F1, F2: the newest state is broken, so the one before is taken, and that is said
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="passing over an incomplete checkpoint"):
+        continued = train(tokenizer, targets, tmp_path).state_dict()
+    assert all(torch.equal(continued[name], weights[name]) for name in weights)
+    def without_seconds(text):
+        return [line.rsplit(",", 1)[0] for line in text.splitlines()]
+    assert without_seconds((tmp_path / "log.csv").read_text()) == without_seconds(log)
+
+
+def test_F24_a_loss_that_is_not_finite_stops_the_run(tokenizer, targets, tmp_path):
+    model = new_model(tokenizer, TINY)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("inf"))
+    rows = mft.curriculum(POCKET, tokenizer, targets, SMALL)
+    with pytest.raises(FloatingPointError, match="at step 2; lower the learning rate"):
+        mft.fine_tune(POCKET, tokenizer, model, rows, SMALL, tmp_path)
+
+
+def test_a_work_folder_of_another_recipe_is_refused(tmp_path):
+    mft.same_recipe(tmp_path, {"samples": 8})
+    mft.same_recipe(tmp_path, {"samples": 8})
+    with pytest.raises(ValueError, match="holds a run with another samples"):
+        mft.same_recipe(tmp_path, {"samples": 4})
+
+
+def test_calibration_of_a_writer_who_knows_himself(tokenizer):
+    """Replays with exact tags: every tag is right, and nothing is skipped that can be solved."""
+    papers = draw_papers(POCKET, 12, seed=3)
+    exams = [Exam(mft.order_problems(p, "medium", f"0/{i}"), "medium")
+             for i, p in enumerate(papers)]
+    ample = mft.ample_budget(POCKET, exams)
+    problems = [p for exam in exams for p in exam.problems]
+    singles = [Exam((p,), "easy") for p in problems]
+    base = reference_generator(POCKET, tokenizer, exams, [ample], "direct")
+    base.responses |= reference_generator(POCKET, tokenizer, singles, [128], "direct").responses
+    tagged = {}
+    for exam in exams:
+        targets = reference_targets(tokenizer, problems=exam.problems)
+        row = mft.make_row(POCKET, tokenizer, targets, ample)
+        tagged[tuple(row.prompt)] = row.response[:-1]
+    result = mft.calibrate(POCKET, tokenizer, base, ReplayGenerator(tagged, tokenizer.eos_token_id),
+                           papers, k=1)
+    for tier in TIERS:
+        assert all(x in (None, 1.0) for x in result["tag_accuracy"][tier])
+        assert result["skip_rate"][tier] == result["refused"][tier]
+        assert result["answer_accuracy"][tier]["base"] == 1.0
+    counts = np.array(result["confusion"])
+    assert counts.sum() == np.trace(counts) > 0
+    assert result["missed_skips"] == 0
+
+
+def test_responses_that_never_close_a_tag(tokenizer):
+    papers = draw_papers(POCKET, 2)
+    class Open(dict):
+        def __missing__(self, key):
+            return tokenizer("Q1. <predicted_level>Level-1 \\boxed{7}").input_ids
+    generator = ReplayGenerator(Open(), tokenizer.eos_token_id)
+    with pytest.raises(ValueError, match="not one of 2 responses holds a closed level tag"):
+        mft.calibrate(POCKET, tokenizer, generator, generator, papers)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("sample=4", "the recipe has no 'sample'; choose from problems, samples"),
+    ("samples=many", "--set samples=many: the value must be a int"),
+    ("samples=4.5", "the value must be a int"),
+])
+def test_a_recipe_changed_badly(setting, message):
+    with pytest.raises(ValueError, match=message):
+        change(POCKET.mft, [setting])
+
+
+def test_a_recipe_changed():
+    recipe = change(POCKET.mft, ["samples=4", "keep=median", "learning_rate=1e-4", "bf16=true"])
+    assert (recipe.samples, recipe.keep, recipe.learning_rate, recipe.bf16) == (4, "median", 1e-4,
+                                                                               True)
+
+
+def test_paper_world_rows_train_with_adapters(real_data, tmp_path):
+    """Real GSM8K, MATH and AIME rows, LoRA, bf16 and checkpointing, on a random model."""
+    problems = mft.training_problems(PAPER, 6, root=real_data)
+    assert {p.tier for p in problems} == set(TIERS)
+    tokenizer = train_bpe((p.text + p.solution for p in problems), size=400)
+    targets = reference_targets(tokenizer, world=PAPER, problems=problems)
+    recipe = replace(PAPER.mft, exams=8, rows=4, rows_at_once=2, dev_exams=1, log_every=3,
+                     lora_rank=2)
+    rows = mft.curriculum(PAPER, tokenizer, targets, recipe)
+    before = new_model(tokenizer, TINY)
+    start = {k: v.clone() for k, v in before.state_dict().items()}
+    after = mft.fine_tune(PAPER, tokenizer, before, rows, recipe, tmp_path, real_data)
+    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, start[k])}
+    assert any("q_proj.weight" in k for k in changed) and not any("embed" in k for k in changed)
+    table = segment_table(PAPER, sit(PAPER, tokenizer, mft.TorchGenerator.of(after, tokenizer), [
+        Exam(tuple(problems[:1]), "easy")], 60, "roi"))
+    assert table["cost"][0] <= 60
