@@ -21,8 +21,11 @@ class TrainingLog:
         kept = [",".join(columns)]
         if path.exists():
             lines = path.read_text().splitlines()[1:]
-            kept += [line for line in lines if int(line.split(",")[0]) <= last_step]
-        path.write_text("\n".join(kept) + "\n")
+            whole = [line for line in lines if line.count(",") == len(columns) - 1]
+            kept += [line for line in whole if int(line.split(",")[0]) <= last_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("\n".join(kept) + "\n")
+        partial.replace(path)  # so that a full disk does not cost the old log (FAULTS F4)
         self.path, self.columns = path, columns
         #: column -> text of the last row found
         self.last = dict(zip(columns, kept[-1].split(","), strict=True)) if len(kept) > 1 else {}
