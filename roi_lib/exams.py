@@ -131,15 +131,18 @@ def reference_response(
     Args:
         skip: one flag a problem; where it is set, a skip stands in for the solution.
     """
-    numbered = list(enumerate(problems, start=1))
+    headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
+    names = [header.strip("#. ") for header in headers]  # to be taken for no header
     parts = []
     if style == "plan_and_solve":
-        parts.append("Plan: " + "; ".join(f"Q{i} {p.plan}" for i, p in numbered) + ".")
+        plans = [f"{name} {p.plan or 'solve'}" for name, p in zip(names, problems, strict=True)]
+        parts.append(f"Plan: {'; '.join(plans)}.")
     if style == "least_to_most":
-        parts.append("Rating: " + "; ".join(f"Q{i} {p.tier}" for i, p in numbered) + ".")
-    for (i, p), skipped in zip(numbered, skip or [False] * len(numbered), strict=True):
+        ratings = [f"{name} {p.tier}" for name, p in zip(names, problems, strict=True)]
+        parts.append(f"Rating: {'; '.join(ratings)}.")
+    for header, p, skipped in zip(headers, problems, skip or [False] * len(problems), strict=True):
         words = f"\\boxed{{{SKIP_ANSWER}}}" if skipped else p.solution
-        parts.append(f"{world.header.format(i=i)}\n{words}")
+        parts.append(f"{header}\n{words}")
     return "\n".join(parts)
 
 

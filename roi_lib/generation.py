@@ -325,7 +325,8 @@ class TorchGenerator(BudgetedGenerator):
 
         Raises:
             ValueError: negative temperature.
-            FloatingPointError: the model gave NaN or infinite logits (FAULTS F24).
+            FloatingPointError: the model gave NaN or infinite logits (FAULTS F24); the message
+                names decoding step, request and rollout.
         """
         if temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, not {temperature}")
@@ -378,6 +379,11 @@ class TorchGenerator(BudgetedGenerator):
         alive = torch.arange(len(batch), device=device)  # the batch rows still in the cache
         going = torch.ones(len(batch), dtype=torch.bool, device=device)  # of these, not yet over
         for step in range(longest):
+            broken = ~torch.isfinite(logits).all(-1)
+            if broken.any():
+                i, k = chunk[int(alive[broken][0])]
+                raise FloatingPointError("the model gave NaN or infinite logits at decoding step "
+                                         f"{step} of request {i}, rollout {k} (all from 0)")
             token = self._choose(logits, uniforms[alive, step], temperature)
             rows = alive[going]
             out[rows, step] = token[going]
@@ -398,9 +404,6 @@ class TorchGenerator(BudgetedGenerator):
     @staticmethod
     def _choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
         """One token a row, [rows]: the arg max, or the inverse of the cumulative distribution."""
-        if not torch.isfinite(logits).all():
-            row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
-            raise FloatingPointError(f"the model gave NaN or infinite logits in row {row}")
         if temperature == 0:
             return logits.argmax(-1)
         cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
@@ -432,5 +435,5 @@ class ReplayGenerator(BudgetedGenerator):
         """
         for i, request in enumerate(requests):
             whole = (*self.responses[request.prompt], self.eos_id)
-            cut = Rollout(whole[: request.budget], len(whole) <= request.budget)
+            cut = within_budget(whole[: request.budget], request.budget, [self.eos_id])
             yield i, [cut] * request.n

@@ -19,7 +19,9 @@ too long, too much memory, or its worker's life is wrong, and the worker is repl
 """
 
 import atexit
+import builtins
 import functools
+import gc
 import json
 import os
 import queue
@@ -28,10 +30,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from types import BuiltinFunctionType
 
 from roi_lib.exams import Segment
 from roi_lib.problems import Problem
@@ -42,6 +47,7 @@ MAX_ANSWER_CHARACTERS = 1_000
 SECONDS_PER_ANSWER = 5
 BYTES_PER_WORKER = 2 * 2**30  # of address space
 WORKERS = min(4, os.cpu_count() or 1)
+PAIRS_PER_RUN = 16  # that one worker grades in a row
 
 
 def same_integer(gold: str, answer: str) -> bool:
@@ -149,18 +155,16 @@ def grade(world: World, pairs: Sequence[tuple[Problem, Segment]]) -> list[bool]:
     Raises:
         RuntimeError: math-verify does not start, so that nothing can be said about any answer.
     """
-    def texts(problem: Problem, segment: Segment) -> tuple[str, str] | None:
-        given = segment.answer is not None and not segment.skipped
-        if given and len(segment.answer) <= MAX_ANSWER_CHARACTERS:
-            return problem.answer, segment.answer
-        return None
-
-    asked = [texts(*pair) for pair in pairs]
-    different = list(dict.fromkeys(a for a in asked if a))
+    given = dict.fromkeys(  # each pair once
+        (problem.answer, segment.answer) for problem, segment in pairs
+        if segment.answer and not segment.skipped and len(segment.answer) <= MAX_ANSWER_CHARACTERS)
     same = GRADERS[world.grader]
+    todo = sorted(given)  # a run of equal gold answers stays with one worker, which parses it once
+    runs = [todo[i : i + PAIRS_PER_RUN] for i in range(0, len(todo), PAIRS_PER_RUN)]
     with ThreadPoolExecutor(WORKERS) as threads:
-        marks = dict(zip(different, threads.map(lambda a: same(*a), different), strict=True))
-    return [marks.get(a, False) for a in asked]
+        marked = threads.map(lambda run: [(pair, same(*pair)) for pair in run], runs)
+        marks = dict(chain.from_iterable(marked))
+    return [marks.get((problem.answer, segment.answer), False) for problem, segment in pairs]
 
 
 def is_correct(world: World, problem: Problem, segment: Segment) -> bool:
@@ -188,8 +192,8 @@ class Worker:
 
     def ask(self, gold: str, answer: str) -> str:
         """The verdict on one pair; "too slow" or "crashed" when the worker did not live."""
-        late = threading.Event()
-        timer = threading.Timer(SECONDS_PER_ANSWER, lambda: (late.set(), self.process.kill()))
+        start = time.monotonic()
+        timer = threading.Timer(SECONDS_PER_ANSWER, self.process.kill)
         timer.daemon = True
         timer.start()
         try:
@@ -200,17 +204,13 @@ class Worker:
             line = ""
         finally:
             timer.cancel()
-        return line.strip() or ("too slow" if late.is_set() else "crashed")
+        late = time.monotonic() - start >= SECONDS_PER_ANSWER
+        return line.strip() or ("too slow" if late else "crashed")
 
     def close(self) -> None:
-        """Kill the process and take its exit status, so that no zombie stays."""
+        """Kill the process, take its exit status, so that no zombie stays, and close its pipes."""
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:  # words it never read
-            pass
+        self.process.communicate()
 
 
 class Pool:
@@ -251,36 +251,82 @@ class Pool:
         self.workers.clear()
 
 
-_pool: Pool | None = None
-_lock = threading.Lock()
+_pools: dict[int, Pool] = {}
 
 
 def pool() -> Pool:
-    """The pool of this process, which ends with it."""
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = Pool()
-        return _pool
+    """The pool of this process, which ends with it; a forked child has one of its own."""
+    return _pools.setdefault(os.getpid(), Pool())
 
 
 @atexit.register
 def close_pool() -> None:
     """End this process's workers; the next answer starts new ones."""
-    global _pool
-    if _pool is not None:
-        _pool.close()
-        _pool = None
+    _pools.pop(os.getpid(), Pool()).close()
 
 
-def forget_pool() -> None:
-    """In a forked child: the workers are the parent's, and its lock may have been held."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+def differ(gold, answer) -> bool:
+    """Whether two sympy expressions are far apart at one point of no significance.
+
+    math-verify tries to simplify their difference first, which takes 30 times as long. What is
+    no expression or has no value there is left to it, but for an expression and an infinite set:
+    these are never equal.
+    """
+    from sympy import Expr, Rational, Set
+
+    for one, other in ((gold, answer), (answer, gold)):
+        if isinstance(one, Set) and one.is_finite_set is False and isinstance(other, Expr):
+            return not other.is_Matrix
+    if any(not isinstance(e, Expr) or e.is_Matrix or e.is_Symbol for e in (gold, answer)):
+        return False
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    point = {symbol: Rational(613 + 100 * i, 997) for i, symbol in enumerate(symbols)}
+    try:
+        a, b = (complex(e.evalf(15, subs=point)) for e in (gold, answer))
+    except (TypeError, ValueError, OverflowError):  # an unknown function, infinity
+        return False
+    return abs(a - b) > 1e-5 * max(1, abs(a), abs(b))
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=forget_pool)
+def parse_fast() -> None:
+    """Let math-verify's parser look at a rule's context (LL) only where it fails without (SLL).
+
+    What SLL can parse, LL parses into the same tree, in twice the time (ANTLR's documentation).
+    """
+    from antlr4 import CommonTokenStream
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended.latex2sympy2 import PSParser
+
+    full = PSParser.math
+
+    def math(parser):
+        parser._interp.predictionMode = PredictionMode.SLL
+        try:
+            return full(parser)
+        except Exception:  # what the grammar's error listener raises
+            lexer = parser.getTokenStream().tokenSource
+            lexer.reset()  # it, too, must meet its errors again
+            parser.setTokenStream(CommonTokenStream(lexer))
+            parser._interp.predictionMode = PredictionMode.LL
+            return full(parser)
+
+    PSParser.math = math
+
+
+def name_fast() -> None:
+    """Let sympy's parser of plain text import all of sympy's names once, not for every text."""
+    from sympy import Max, Min
+    from sympy.parsing import sympy_parser
+
+    full, names = sympy_parser.parse_expr, {}
+    exec("from sympy import *", names)  # from here on as in `full`
+    names |= {k: f for k, f in vars(builtins).items() if isinstance(f, BuiltinFunctionType)}
+    names |= {"max": Max, "min": Min}
+
+    def parse_expr(*args, global_dict=None, **options):
+        return full(*args, global_dict=global_dict or dict(names), **options)
+
+    sympy_parser.parse_expr = parse_expr
 
 
 def serve() -> None:
@@ -291,6 +337,11 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (BYTES_PER_WORKER, BYTES_PER_WORKER))
     from math_verify import parse, verify
 
+    parse_fast()
+    name_fast()
+    gc.freeze()  # parsing makes many short-lived objects: look for cycles among them less often
+    gc.set_threshold(100_000, 20, 20)
+
     @functools.lru_cache(1_000)  # every gold answer is met again and again
     def read(text: str) -> list:
         return parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
@@ -299,13 +350,14 @@ def serve() -> None:
         golds, answers = read(gold), read(answer)
         if not answers or not golds:
             return "unreadable"
-        same = verify(golds, answers, timeout_seconds=None, raise_on_error=True)
+        same = not differ(golds[0], answers[0]) and verify(
+            golds, answers, timeout_seconds=None, raise_on_error=True)
         return "equal" if same else "different"
 
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # not on Windows
     print("ready", flush=True)
     for line in sys.stdin:
-        if hasattr(signal, "alarm"):  # should the parent die first, the system ends a hanging one
-            signal.alarm(SECONDS_PER_ANSWER + 2)
+        alarm(SECONDS_PER_ANSWER + 2)  # should the parent die first, the system ends a hanging one
         try:
             result = compare(*json.loads(line))
         except MemoryError:
@@ -313,5 +365,4 @@ def serve() -> None:
         except Exception:  # math-verify and sympy raise all kinds on what they cannot read
             result = "unreadable"
         print(result, flush=True)
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        alarm(0)

@@ -3,6 +3,7 @@
 A log is a JSON Lines file. Its first line names the run (world, method, model, ...); each other
 line holds the rollouts of one request, found again by a hash of all that decides them. A log of
 another run is refused, a bad line is named, and a last line cut short by a kill is dropped.
+Many may read a log while one process writes it.
 """
 
 import hashlib
@@ -11,8 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from roi_lib.checkpoints import MANIFEST, file_hash, locate
 from roi_lib.generation import BudgetedGenerator, Request, Rollout
@@ -55,8 +59,6 @@ class RunLog:
         lines = self.path.read_bytes().split(b"\n")
         if lines.pop():
             warnings.warn(f"{self.path}, line {len(lines) + 1}: cut short; dropped", stacklevel=4)
-            with self.path.open("rb+") as stream:
-                stream.truncate(sum(len(line) + 1 for line in lines))
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -76,8 +78,25 @@ class RunLog:
             raise ValueError(f"{self.path} is the log of another run: its {key} is "
                              f"{found.get(key)!r}, not {self.header[key]!r}; name another folder")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep the file to this process (FAULTS F5); the lock goes with it, however it ends.
+
+        Raises:
+            ValueError: another process is writing it.
+        """
+        try:
+            with FileLock(f"{self.path}.lock", timeout=0):
+                if self.path.exists():  # only now: the line cut short may have been under way
+                    with self.path.open("rb+") as stream:
+                        stream.truncate(stream.read().rfind(b"\n") + 1)
+                yield
+        except Timeout as error:
+            raise ValueError(f"another process is writing {self.path}; wait for it, or name "
+                             "another folder with --log") from error
+
     def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts of one request; on disk when this returns."""
+        """Keep the rollouts of one request; on disk when this returns. Needs `writing`."""
         if any(r.failed for r in rollouts):
             return
         self.rows[key] = list(rollouts)
@@ -89,20 +108,28 @@ class RunLog:
 
 
 class Progress:
-    """A line of text every so many seconds: how much is done, how fast, how long it will take."""
+    """A line of text every so many seconds: how much is done, how fast, how long it will take.
+
+    Engines give their rows by the batch: when a row is late, the batch before it is complete. So
+    the rate is that of the rows before this one, and there is none at the first.
+    """
 
     def __init__(self, what: str, total: int, every: float, file=None) -> None:
         self.what, self.total, self.every, self.file = what, total, every, file
-        self.start = self.last = time.monotonic()
+        self.start = self.last = self.seen = time.monotonic()
+        self.fresh = 0  # rows there at the time `seen`
 
     def show(self, done: int, fresh: int) -> None:
         """`done` of the total are there, `fresh` of them made by this run."""
         now = time.monotonic()
-        if now - self.last < self.every or not fresh:
-            return
-        self.last, rate = now, fresh / (now - self.start)
-        print(f"{self.what}: {done}/{self.total} responses, {rate:.1f}/s, "
-              f"{(self.total - done) / rate:.0f} s left", file=self.file or sys.stderr, flush=True)
+        if not self.fresh:
+            self.last = now
+        elif now - self.last >= self.every and self.seen > self.start:
+            self.last, rate = now, self.fresh / (self.seen - self.start)
+            left = max((self.total - done + fresh) / rate - (now - self.start), 0)
+            print(f"{self.what}: {done}/{self.total} responses, {rate:.1f}/s, {left:.0f} s left",
+                  file=self.file or sys.stderr, flush=True)
+        self.fresh, self.seen = fresh, now
 
 
 class LoggedGenerator(BudgetedGenerator):
@@ -125,7 +152,8 @@ class LoggedGenerator(BudgetedGenerator):
         """See `BudgetedGenerator`.
 
         Raises:
-            ValueError: a replay of a request that the log does not hold.
+            ValueError: a replay of a request that the log does not hold; a log that another
+                process is writing.
         """
         keys = [request_key(request, temperature) for request in requests]
         known = self.log.rows if self.log else {}
@@ -140,8 +168,9 @@ class LoggedGenerator(BudgetedGenerator):
             return
         progress = Progress(self.what, len(requests), self.every or float("inf"))
         fresh = self.engine.stream([requests[i] for i in missing], temperature)
-        for n, (j, rollouts) in enumerate(fresh, start=1):
-            if self.log:
-                self.log.append(keys[missing[j]], rollouts)
-            progress.show(len(requests) - len(missing) + n, n)
-            yield missing[j], rollouts
+        with self.log.writing() if self.log else nullcontext():
+            for n, (j, rollouts) in enumerate(fresh, start=1):
+                if self.log:
+                    self.log.append(keys[missing[j]], rollouts)
+                progress.show(len(requests) - len(missing) + n, n)
+                yield missing[j], rollouts

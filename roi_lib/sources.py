@@ -7,6 +7,7 @@ Rows that cannot be graded are left out and counted, never mended. Training prob
 problem of the same source repeats, or nearly repeats, are left out of training (`find_overlaps`).
 """
 
+import functools
 import json
 import logging
 import random
@@ -97,12 +98,9 @@ def flaw(text: str, answer: str) -> str:
         return "there is no single gold answer"
     if len(answer) > 200 or not re.search(r"\w", answer) or answer.strip() == SKIP_ANSWER:
         return f"the gold answer {answer.strip()[:20]!r} is none"
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", answer):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            break
-    return "the gold answer's braces do not match" if depth else ""
+    bare = re.sub(r"\\[{}]", "", answer)
+    matched = closing_brace(f"{{{bare}}}", 0) == len(bare) + 1
+    return "" if matched else "the gold answer's braces do not match"
 
 
 def read_rows(source: Dataset, root: Path | None) -> Iterator[tuple[str, Mapping]]:
@@ -154,20 +152,28 @@ def load_source(
     return problems, left_out
 
 
-def load_problems(family: str, tier: str, split: str, root: Path | None) -> list[Problem]:
-    """The usable problems of one real source; how many are left out is logged.
-
-    From a training split also goes what meets the source's test split.
-    """
+@functools.cache
+def _usable(family, tier, split, root) -> tuple[tuple[Problem, ...], dict[str, str]]:
+    """`load_source`, but without what training and test split share."""
     problems, left_out = load_source(family, tier, split, root)
     if split == "train":
         test, _ = load_source(family, tier, "test", root)
         left_out |= {o.train: f"{o.kind} of {o.test}" for o in find_overlaps(problems, test)}
+    return tuple(p for p in problems if p.id not in left_out), left_out
+
+
+def load_problems(family: str, tier: str, split: str, root: Path | None) -> list[Problem]:
+    """The usable problems of one real source; how many are left out is logged.
+
+    From a training split also goes what meets the source's test split. A process reads each
+    source once.
+    """
+    problems, left_out = _usable(family, tier, split, root)
     if left_out:
         name, reason = next(iter(left_out.items()))
         log.warning("%s, %s split: %d rows are left out, first %s: %s", family, split,
                     len(left_out), name, reason)
-    return [p for p in problems if p.id not in left_out]
+    return list(problems)
 
 
 @dataclass(frozen=True)
@@ -179,17 +185,15 @@ class Overlap:
     kind: str
 
 
-def words_of(text: str) -> list[str]:
-    """Words, numbers and signs in small letters; white space is gone."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
 def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[Overlap]:
     """Pairs of a training and a test problem that should never meet.
 
     "duplicate": equal but for white space and case. "near-duplicate": of the runs of three words
     (signs are words too) that either statement has, both have at least 70 %.
     """
+    def words_of(text: str) -> list[str]:
+        return re.findall(r"\w+|[^\w\s]", text.lower())
+
     def triples(words: list[str]) -> set[tuple[str, ...]]:
         return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 

@@ -109,9 +109,12 @@ def test_F28_wrong_encoding(capsys, tmp_path):
     assert "mine.jsonl" in refused(capsys, tmp_path, "exam", "--problems", path)
 
 
-def test_out_must_have_a_folder(capsys, tmp_path):
-    status, _, error = run(capsys, "exam", "--exams", 2, "--out", tmp_path / "no" / "x.json")
-    assert status == 2 and "the folder of --out does not exist" in error
+@pytest.mark.parametrize("option", ["--out", "--plot", "--write-papers"])
+def test_output_files_must_have_a_folder(capsys, tmp_path, option):
+    status, _, error = run(capsys, "exam", "--exams", 2, option, tmp_path / "no" / "x.json")
+    assert status == 2 and f"the folder of {option} does not exist" in error
+    status, _, error = run(capsys, "exam", "--exams", 2, option, tmp_path)
+    assert status == 2 and f"{option} names a folder" in error
 
 
 def test_osmckp_prints_json(capsys, tmp_path):

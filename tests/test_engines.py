@@ -241,6 +241,31 @@ def test_F1_a_last_line_cut_short_is_dropped_and_said(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_F5_one_process_writes_a_log_and_others_read_it(tmp_path):
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    script = ("import sys; from pathlib import Path; from roi_lib.runlog import RunLog\n"
+              f"with RunLog(Path({str(path)!r}), {HEADER}).writing():\n"
+              "    print('mine', flush=True); sys.stdin.read()")
+    writer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout.readline() == b"mine\n"
+        path.write_bytes(whole[:-20])  # as a reader sees a line that is under way
+        engine = ReplayGenerator({r.prompt: [7] for r in REQUESTS}, 3)
+        with pytest.warns(UserWarning, match="line 4: cut short"):
+            log = RunLog(path, HEADER)
+        with pytest.raises(ValueError, match=r"another process is writing .*log\.jsonl; wait"):
+            LoggedGenerator(engine, log).generate(REQUESTS)
+        assert path.read_bytes() == whole[:-20], "nobody else's line is touched"
+        assert LoggedGenerator(None, log).generate(REQUESTS[:2]), "a replay needs no lock"
+    finally:
+        writer.kill()
+        writer.communicate()
+    LoggedGenerator(engine, log).generate(REQUESTS)
+    assert path.read_bytes() == whole, "the lock went with its process"
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"key": "x"}', '{"key": "x", "rollouts": [{"a": 1}]}',
                                   "\udcff"])
 def test_F28_a_bad_line_is_named(tmp_path, line):
@@ -269,12 +294,25 @@ def test_models_are_told_apart(tmp_path):
 
 def test_progress_is_plain_lines(capsys, monkeypatch):
     progress = Progress("base-64", 100, 5)
-    for seconds, done in ((1, 10), (6, 20), (8, 30), (12, 40)):
+    for seconds, done in ((2, 10), (4, 20), (6, 30), (8, 40), (14, 70)):
         monkeypatch.setattr(time, "monotonic", lambda s=seconds: progress.start + s)
         progress.show(done, done)
     err = capsys.readouterr().err
-    assert err == ("base-64: 20/100 responses, 3.3/s, 24 s left\n"
-                   "base-64: 40/100 responses, 3.3/s, 18 s left\n")
+    assert err == ("base-64: 40/100 responses, 5.0/s, 12 s left\n"
+                   "base-64: 70/100 responses, 5.0/s, 6 s left\n")
+
+
+def test_progress_is_right_from_the_first_line_on_for_rows_by_the_batch(capsys, monkeypatch):
+    """Batches of 50 rows, 20 s each; 100 of the 300 responses were in the log already."""
+    progress = Progress("base-64", 300, 5)
+    for batch in range(4):
+        for row in range(1, 51):
+            now = progress.start + 20 * (batch + 1) + row * 1e-3
+            monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+            progress.show(100 + 50 * batch + row, 50 * batch + row)
+    assert capsys.readouterr().err == ("base-64: 151/300 responses, 2.5/s, 40 s left\n"
+                                       "base-64: 201/300 responses, 2.5/s, 20 s left\n"
+                                       "base-64: 251/300 responses, 2.5/s, 0 s left\n")
 
 
 def test_exam_runs_are_resumed_and_replayed(capsys, tmp_path):

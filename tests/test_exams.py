@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from roi_lib.checkpoints import load_tokenizer
 from roi_lib.exams import (
     Exam,
     boxed,
@@ -90,6 +91,21 @@ def test_reference_responses_read_back(tokenizer):
             assert [s.answer for s in response.segments] == [p.answer for p in paper]
             assert (response.preamble > 0) == (style != "direct")
             assert response.revisits == 0 and not any(s.level for s in response.segments)
+
+
+@pytest.mark.parametrize(("world", "style"), [
+    (world, style) for world in (POCKET, PAPER) for style in world.prompts])
+def test_plans_and_ratings_name_problems_but_open_none(world, style):
+    tokenizer = load_tokenizer(world.tokenizer)
+    for paper in PAPERS[:5]:
+        response = read(tokenizer, reference_response(world, paper, style), world=world)
+        assert [s.answer for s in response.segments] == [p.answer for p in paper]
+        assert (response.preamble > 0) == (style in ("plan_and_solve", "least_to_most"))
+        assert response.revisits == 0
+    first = {"plan_and_solve": f"Plan: {{}} {paper[0].plan}; ",
+             "least_to_most": "Rating: {} easy; "}.get(style, world.header.format(i=1))
+    name = {"pocket": "Q1", "paper": "Problem 1"}[world.name]
+    assert reference_response(world, paper, style).startswith(first.format(name))
 
 
 def test_costs_are_token_exact(tokenizer):

@@ -105,8 +105,23 @@ def test_F24_nan_logits_stop_with_a_message(tokenizer, prompts, model):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="NaN or infinite logits in row 0"):
+    with pytest.raises(FloatingPointError, match="step 0 of request 0, rollout 0"):
         TorchGenerator.of(broken, tokenizer).generate([Request(prompts[0], 5)])
+
+    class Breaks(AnyRows):  # the second row of the batch, at the third step
+        def step(self, token):
+            logits = super().step(token)
+            logits[1, 7] = float("nan") if self.end == self.start + 2 else 0.0
+            return logits
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.start = self.end
+    never = TorchGenerator(model, [len(tokenizer) + 7], tokenizer.pad_token_id)
+    never.rows = Breaks
+    requests = [Request(prompts[0], 9), Request(prompts[0], 8, n=2)]  # the shorter ones go first
+    with pytest.raises(FloatingPointError, match="step 2 of request 1, rollout 1"):
+        never.generate(requests)
 
 
 @pytest.mark.parametrize(("budget", "n", "prompt"), [(0, 1, (1,)), (5, 0, (1,)), (5, 1, ())])

@@ -210,6 +210,55 @@ def test_F19_works_in_a_spawned_and_in_a_forked_process(tmp_path):
     subprocess.run([sys.executable, script], check=True, timeout=120)
 
 
+@pytest.mark.parametrize(("gold", "answer", "apart"), [
+    (r"\sqrt{2}", r"\frac{2}{\sqrt{2}}", False), ("(a+5)(b+2)", "ab + 2a + 5b + 10", False),
+    (r"x + 1", r"\frac{x^2 - 1}{x - 1}", False), (r"10^{30}\pi", r"10^{30}\pi + 1", False),
+    ("f(x)", "f(x) + 1", False), ("x", "y", False), ("(1, 2)", "(2, 1)", False),
+    (COLUMN, COLUMN.replace("-2", "2"), False),  # no values, no expressions
+    (r"\sqrt{2}", r"\sqrt{3}", True), ("(a+5)(b+2)", "ab + 2a + 5b", True), (r"\pi", "e", True),
+    (r"1 + i", r"1 - i", True), ("x + y", "x + z", True),
+    (r"2 \pi", r"(0, 3]", True), (r"x - 1", r"(-\infty, 2) \cup (3, \infty)", True),
+    ("3", r"\{3\}", False), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1, 2)", False),
+])  # fmt: skip
+def test_only_what_is_far_apart_is_not_simplified(gold, answer, apart):
+    from math_verify import parse
+    gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None)[0]
+                    for text in (gold, answer))
+    assert grading.differ(gold, answer) is grading.differ(answer, gold) is apart
+
+
+def test_fast_parsing_gives_the_same_expressions(monkeypatch):
+    from latex2sympy2_extended.latex2sympy2 import PSParser, latex2sympy
+    answers = sorted({gold for _, gold, _, _ in TABLE} | {r"\frac{1}{2", "1, 2, 3", r"(3, \infty)",
+                      r"x \in [-2, 7]", r"\begin{cases} 1 \end{cases}", "2 < x < 3", r"A \cup B",
+                      r"\star(m)", r"1 + \dots + n"})
+
+    def read(text):
+        try:
+            return latex2sympy(text)
+        except Exception as error:
+            return type(error)
+    fully = [read(text) for text in answers]
+    monkeypatch.setattr(PSParser, "math", PSParser.math)  # put back at the end
+    grading.parse_fast()
+    assert [read(text) for text in answers] == fully
+
+
+def test_names_imported_once_give_the_same_expressions(monkeypatch):
+    from sympy.parsing import sympy_parser
+    texts = ["2", "0.5", "x + pi", "max(x, 2)", "abs(-3)", "sqrt(8)", "E", "f(x)", "2x"]
+
+    def read(text):
+        try:
+            return sympy_parser.parse_expr(text)
+        except Exception as error:
+            return type(error)
+    fully = [read(text) for text in texts]
+    monkeypatch.setattr(sympy_parser, "parse_expr", sympy_parser.parse_expr)  # put back at the end
+    grading.name_fast()
+    assert [read(text) for text in texts] == fully
+
+
 def test_equal_pairs_are_graded_once(monkeypatch):
     asked = []
     monkeypatch.setitem(grading.GRADERS, "math", lambda *pair: asked.append(pair) or True)

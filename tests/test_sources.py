@@ -51,6 +51,13 @@ def test_F28_train_and_test_never_meet(real_data, caplog):
     assert "math, train split: 4 rows are left out" in caplog.text
 
 
+def test_a_source_is_read_once(real_data, monkeypatch):
+    first = load_problems("aime", "hard", "train", real_data)
+    monkeypatch.setattr("roi_lib.sources.read_rows", lambda *args: pytest.fail("read again"))
+    again = load_problems("aime", "hard", "train", real_data)
+    assert again == first and again is not first
+
+
 def test_F28_overlaps():
     train = [problem("a", "Ana has  3 APPLES.\nHow many are left?"),
              problem("b", f"{COINS} then he sells 7 red cards."),
