@@ -14,7 +14,6 @@ Stage one of the method, from the paper's section on MFT, step by step:
 import json
 import random
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,6 @@ from roi_lib.checkpoints import (
     load_model,
     load_tokenizer,
     newest_complete,
-    write_folder,
     write_manifest,
 )
 from roi_lib.engines import make_engine
@@ -49,7 +47,7 @@ from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sources import problem_stream
-from roi_lib.training import TrainingLog, folder_lock
+from roi_lib.training import TrainingLog, folder_lock, write_checkpoint
 from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
 
 SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
@@ -481,15 +479,8 @@ def run(
         card = model_card(out.name, world, checkpoint, recipe, targets, result,
                           f"{len(rows):,} rows, {tokens / 1e6:.1f} million tokens, "
                           f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
-
-        def fill(folder: Path) -> None:
-            model.float().save_pretrained(folder)
-            shutil.copy(work / "log.csv", folder / "log.csv")
-            write_json(folder / "labels.json", label_statistics(targets))
-            write_json(folder / "calibration.json", result)
-            (folder / "README.md").write_text(card)
-
-        write_folder(out, fill)
+        write_checkpoint(out, model.float(), work / "log.csv", card,
+                         labels=label_statistics(targets), calibration=result)
 
 
 def same_recipe(work: Path, recipe: dict) -> None:

@@ -21,14 +21,13 @@ from roi_lib.checkpoints import (
     load_training_state,
     newest_complete,
     save_training_state,
-    write_folder,
 )
 from roi_lib.evaluation import family_costs, family_marks
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, reference_response
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import sample_problem
 from roi_lib.tokenizer import build_tokenizer
-from roi_lib.training import TrainingLog, folder_lock
+from roi_lib.training import TrainingLog, folder_lock, write_checkpoint
 from roi_lib.worlds import TIERS, World
 
 
@@ -242,13 +241,7 @@ def publish(world: World, tokenizer, model, out: Path, progress: dict, log: Path
         seed=CARD_SEED, budget=CARD_BUDGET, cut_alone=f"{cut[0]:.1%}", cut_within=f"{cut[1]:.1%}")
 
     model.float()  # as it was trained: the wider arithmetic was for measuring alone
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        shutil.copy(log, folder / "log.csv")
-        (folder / "README.md").write_text(card)
-
-    write_folder(out, fill)
+    write_checkpoint(out, model, log, card)
 
 
 CARD = """\

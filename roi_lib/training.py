@@ -1,10 +1,14 @@
-"""What every training run shares: a CSV log that can be continued, and a folder of its own."""
+"""What every training run shares: a log that goes on, a folder of its own, a checkpoint."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from roi_lib.checkpoints import write_folder
+from roi_lib.files import write_json
 
 
 class TrainingLog:
@@ -52,3 +56,20 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process is writing {folder}; wait for it, or name another "
                          "folder") from error
+
+
+def write_checkpoint(out: Path, model, log: Path, card: str, **documents) -> None:
+    """Write what a run made: weights (safetensors), its `log.csv`, its card, and JSON documents.
+
+    Args:
+        card: becomes README.md.
+        documents: `name=value` becomes `name.json`.
+    """
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        shutil.copy(log, folder / "log.csv")
+        (folder / "README.md").write_text(card)
+        for name, value in documents.items():
+            write_json(folder / f"{name}.json", value)
+
+    write_folder(out, fill)
