@@ -26,15 +26,10 @@ class Method:
         checkpoint: a folder, a name below `data/`, or a hub id; None: reference solutions are
             played back instead of a model.
         style: key of `World.prompts`.
-        knapsack: levels are predicted first, and the paper's Greedy Knapsack chooses from them
-            which problems are sat.
-        charged: the tokens of that prediction are paid from the budget.
     """
 
     checkpoint: str | None
     style: str
-    knapsack: bool = False
-    charged: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,8 +156,6 @@ POCKET = World(
         "plan_and_solve": Method("pocket-base", "plan_and_solve"),
         "least_to_most": Method("pocket-base", "least_to_most"),
         "mft": Method("pocket-mft", "roi"),
-        "mft_greedy_knapsack": Method("pocket-mft", "roi", knapsack=True),
-        "mft_greedy_knapsack_charged": Method("pocket-mft", "roi", knapsack=True, charged=True),
     },
     mft=MFTRecipe(
         problems=1_200, samples=4, keep="shortest", exams=9_000,
@@ -212,8 +205,6 @@ for up to 1024. If it is not worth its tokens, write \
         "plan_and_solve": Method("Qwen/Qwen2.5-1.5B-Instruct", "plan_and_solve"),
         "least_to_most": Method("Qwen/Qwen2.5-1.5B-Instruct", "least_to_most"),
         "mft": Method("paper-mft", "roi"),
-        "mft_greedy_knapsack": Method("paper-mft", "roi", knapsack=True),
-        "mft_greedy_knapsack_charged": Method("paper-mft", "roi", knapsack=True, charged=True),
     },
     mft=MFTRecipe(
         problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
