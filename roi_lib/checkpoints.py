@@ -113,6 +113,13 @@ def save_training_state(folder: Path, model, optimizers, progress: dict) -> None
     write_folder(folder, fill)
 
 
+def save_step(work: Path, model, optimizers, progress: dict) -> None:
+    """Save the training state of `progress["step"]` below `work`, and keep the newest two."""
+    save_training_state(work / f"step-{progress['step']:06d}", model, optimizers, progress)
+    for old in sorted(work.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
 def load_training_state(folder: Path, model, optimizers) -> dict:
     """Put back what `save_training_state` saved; returns the progress.
 

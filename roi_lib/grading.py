@@ -256,7 +256,8 @@ _pools: dict[int, Pool] = {}
 
 def pool() -> Pool:
     """The pool of this process, which ends with it; a forked child has one of its own."""
-    return _pools.setdefault(os.getpid(), Pool())
+    process = os.getpid()
+    return _pools.get(process) or _pools.setdefault(process, Pool())  # two threads may start it
 
 
 @atexit.register

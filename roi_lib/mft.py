@@ -47,7 +47,7 @@ from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sources import problem_stream
-from roi_lib.training import TrainingLog, folder_lock, write_checkpoint
+from roi_lib.training import TrainingLog, folder_lock, same_recipe, write_checkpoint
 from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
 
 SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
@@ -276,7 +276,8 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
 class DevLog(TrainerCallback):
     """Sits the dev exams with the model as it is, and logs; marks whole checkpoints as whole."""
 
-    COLUMNS = ("step", "loss", "rate", "tag_accuracy", "skip_rate", "answer_accuracy", "seconds")
+    COLUMNS = ("step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
+               "skip_rate", "skip_hard", "answer_accuracy", "seconds")
 
     def __init__(self, world: World, tokenizer, recipe: MFTRecipe, path: Path, last_step: int,
                  root: Path | None) -> None:
@@ -301,14 +302,15 @@ class DevLog(TrainerCallback):
             2 * max(self.world.budgets), "roi", seed=1))
         model.train()
         tried = marks["reached"] & ~marks["skipped"]
+        hit, tier = marks["predicted"] == marks["real"], marks["tier"]
         seconds = time.monotonic() - self.begin
         share = state.global_step / state.max_steps
         self.log.write(
             state.global_step, round(float(logs["loss"]), 5),
             round(float(logs["learning_rate"]) / args.learning_rate, 4),
             *(round(float(x.mean()), 4) if len(x) else "" for x in (
-                (marks["predicted"] == marks["real"])[tried], marks["skipped"],
-                marks["correct"][tried])), round(seconds),
+                hit[tried], *(hit[tried & (tier == name)] for name in TIERS), marks["skipped"],
+                marks["skipped"][tier == "hard"], marks["correct"][tried])), round(seconds),
             note=f"about {seconds / share - seconds:.0f} s left")
 
     def on_save(self, args, state, control, **kwargs) -> None:
@@ -481,22 +483,6 @@ def run(
                           f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
         write_checkpoint(out, model.float(), work / "log.csv", card,
                          labels=label_statistics(targets), calibration=result)
-
-
-def same_recipe(work: Path, recipe: dict) -> None:
-    """Write down what a run is, or refuse to go on with another one.
-
-    Raises:
-        ValueError: `work` holds a run of another recipe.
-    """
-    path, recipe = work / "recipe.json", json.loads(json.dumps(recipe))
-    if path.exists():
-        found = json.loads(path.read_text())
-        other = sorted(key for key in recipe if found.get(key) != recipe[key])
-        if other:
-            raise ValueError(f"{work} holds a run with another {', '.join(other)}; "
-                             "choose another --work")
-    write_json(path, recipe)
 
 
 def as_table(rows: Sequence[dict]) -> str:

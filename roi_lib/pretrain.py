@@ -6,7 +6,6 @@ under the direct prompt nothing of skipping: those are what MFT and RARL teach.
 
 import json
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from roi_lib.checkpoints import (
     load_training_state,
     newest_complete,
-    save_training_state,
+    save_step,
 )
 from roi_lib.evaluation import family_costs, family_marks
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, reference_response
@@ -202,9 +201,7 @@ def _pretrain(world: World, out: Path, work: Path, config: PretrainConfig) -> No
                       round(progress["seconds"]))
             losses.clear()
         if step % config.save_every == 0 or step == config.steps:
-            save_training_state(work / f"step-{step:06d}", model, optimizers, progress)
-            for old in sorted(work.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
+            save_step(work, model, optimizers, progress)
     publish(world, tokenizer, model.eval(), out, progress, log.path)
 
 

@@ -1,5 +1,6 @@
 """What every training run shares: a log that goes on, a folder of its own, a checkpoint."""
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,22 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process is writing {folder}; wait for it, or name another "
                          "folder") from error
+
+
+def same_recipe(work: Path, recipe: dict) -> None:
+    """Write down what a run is, or refuse to go on with another one.
+
+    Raises:
+        ValueError: `work` holds a run of another recipe.
+    """
+    path, recipe = work / "recipe.json", json.loads(json.dumps(recipe))
+    if path.exists():
+        found = json.loads(path.read_text())
+        other = sorted(key for key in found | recipe if found.get(key) != recipe.get(key))
+        if other:
+            raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
+                             "another recipe; choose another --work")
+    write_json(path, recipe)
 
 
 def write_checkpoint(out: Path, model, log: Path, card: str, **documents) -> None:
