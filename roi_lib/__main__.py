@@ -1,4 +1,4 @@
-"""The command line: `python -m roi_lib exam|osmckp|train|bench|doctor`.
+"""The command line: `python -m roi_lib exam|osmckp|train|bench|diagnose|doctor`.
 
 Whatever a user can get wrong ends in one sentence on standard error and exit status 2.
 """
@@ -6,7 +6,7 @@ Whatever a user can get wrong ends in one sentence on standard error and exit st
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from roi_lib.files import write_json
@@ -96,8 +96,8 @@ def osmckp(args) -> None:
     from roi_lib.osmckp import solve_document
 
     try:
-        document = json.loads(args.instance.read_text())
-    except json.JSONDecodeError as error:
+        document = json.loads(args.instance.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{args.instance} is not JSON: {error}") from error
     print(json.dumps(solve_document(document), indent=1))
 
@@ -122,25 +122,51 @@ def train_mft(args) -> None:
 
 
 def change(recipe, settings: list[str]):
-    """A recipe with some fields changed by `name=value`.
+    """A recipe with some fields changed by `name=value`, those of a recipe inside by `a.b=value`.
+
+    Several values are separated by commas, as in budgets=64,128.
 
     Raises:
         ValueError: unknown name, or a value of another kind.
     """
     for setting in settings:
-        name, _, text = setting.partition("=")
-        if not hasattr(recipe, name):
+        path, _, text = setting.partition("=")
+        name, _, inner = path.partition(".")
+        if not hasattr(recipe, name) or inner and not is_dataclass(getattr(recipe, name)):
             known = ", ".join(asdict(recipe))
-            raise ValueError(f"the recipe has no {name!r}; choose from {known}")
-        kind = type(getattr(recipe, name))
-        try:
-            value = text if kind is str else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--set {setting}: the value must be a {kind.__name__}") from error
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"--set {setting}: the value must be a {kind.__name__}")
+            raise ValueError(f"the recipe has no {path!r}; choose from {known}")
+        old = getattr(recipe, name)
+        value = change(old, [f"{inner}={text}"]) if inner else read_value(type(old), text, setting)
         recipe = replace(recipe, **{name: value})
     return recipe
+
+
+def read_value(kind: type, text: str, setting: str):
+    """The value of a setting, of that kind.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    try:
+        value = text if kind is str else json.loads(f"[{text}]" if kind is tuple else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--set {setting}: the value must be a {kind.__name__}") from error
+    if kind is tuple:
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise ValueError(f"--set {setting}: the value must be a {kind.__name__}")
+    return value
+
+
+def train_rarl(args) -> None:
+    """Rationality-Aware RL: from the MFT model to one that allocates its budget."""
+    from roi_lib.rarl_run import run
+    from roi_lib.worlds import get_world
+
+    world = get_world(args.world)
+    recipe = change(world.rarl, [f"seed={args.seed}", *args.set])
+    run(world, args.out or Path(f"data/{world.name}-rarl"), args.work, recipe, args.model,
+        args.papers, args.engine, args.vllm_url, args.data)
 
 
 def train_tokenizer(args) -> None:
@@ -166,6 +192,13 @@ def bench_generation(args) -> None:
     run_bench(bench, args.out)
 
 
+def bench_rarl(args) -> None:
+    """Time a step of RARL beside one of TRL's GRPOTrainer."""
+    from roi_lib.bench_rarl import bench
+
+    run_bench(bench, args.out)
+
+
 def run_bench(bench, out: Path | None) -> None:
     """Print what a benchmark measures, and write it to `out` if given."""
     check_writable("--out", out)
@@ -173,6 +206,13 @@ def run_bench(bench, out: Path | None) -> None:
     print(json.dumps(result, indent=1))
     if out:
         write_json(out, result)
+
+
+def diagnose(args) -> None:
+    """Say why a RARL run does not learn, from its log."""
+    from roi_lib.diagnosis import diagnose, report
+
+    print(report(diagnose(args.log)))
 
 
 def doctor(args) -> None:
@@ -268,6 +308,23 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--work", type=Path, default=Path("runs/mft"),
                          help="samples, log and states; a run found there is continued")
     command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-mft")
+    command = add(stages, "rarl", train_rarl)
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    command.add_argument("--model", help="checkpoint to start from; the world's MFT model")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                         help="change the recipe, for example steps=120, budgets=64,128 or "
+                         "trl.rows_at_once=2; may be repeated")
+    command.add_argument("--seed", type=int, default=0, help="of papers, orders and rollouts")
+    command.add_argument("--papers", type=int, default=2_000,
+                         help="unseen papers behind the card")
+    command.add_argument("--engine", default="torch",
+                         help="samples the rollouts: torch; with TRL's trainer also colocate "
+                         "(vLLM in the same process) or server")
+    command.add_argument("--vllm-url", help="server: address of a running `trl vllm-serve`")
+    command.add_argument("--work", type=Path, default=Path("runs/rarl"),
+                         help="log, states, responses; a run found there is continued")
+    command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-rarl")
     command = add(stages, "tokenizer", train_tokenizer)
     command.add_argument("--world", default="pocket", help="pocket or paper")
     command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
@@ -280,6 +337,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(benches, "generation", bench_generation)
     command.add_argument("--out", type=Path, help="JSON file")
 
+    command = add(benches, "rarl", bench_rarl)
+    command.add_argument("--out", type=Path, help="JSON file")
+
+    command = add(commands, "diagnose", diagnose)
+    command.add_argument("log", type=Path, help="log.csv of a RARL run")
+
     add(commands, "doctor", doctor)
     return parser
 
@@ -289,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

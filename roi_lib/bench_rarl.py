@@ -22,17 +22,15 @@ from trl import GRPOTrainer
 from roi_lib.checkpoints import load_model, load_tokenizer
 from roi_lib.exams import encode_prompt, exam_prompt
 from roi_lib.generation import Rollout, TorchGenerator
-from roi_lib.rarl import STYLE, RARLConfig, group_rewards, mark, train_step, training_exams
-from roi_lib.rarl_trl import TRLOptions, grpo_config, make_trainer
-from roi_lib.worlds import POCKET, World
+from roi_lib.rarl import STYLE, group_rewards, mark, train_step, training_exams
+from roi_lib.rarl_trl import grpo_config, make_trainer
+from roi_lib.worlds import POCKET, RARLRecipe, TRLRecipe, World
 
 START = "pocket-mft"
-CONFIG = RARLConfig(exams=16, rollouts=16, budgets=(64,), steps=3)
-
-
-def options_of(config: RARLConfig) -> TRLOptions:
-    """All rows in one pass: the fastest way for TRL at this size."""
-    return TRLOptions(config.exams * config.rollouts, lora_rank=0, bf16=False, checkpointing=False)
+#: TRL takes all rows in one pass: its fastest way at this size.
+RECIPE = RARLRecipe(
+    steps=3, exams=16, rollouts=16, budgets=(64,), learning_rate=1e-4,
+    trl=TRLRecipe(rows_at_once=256, lora_rank=0, bf16=False, checkpointing=False))
 
 
 class Clock(TrainerCallback):
@@ -50,18 +48,18 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def reward_of_text(world: World, tokenizer, config: RARLConfig):
+def reward_of_text(world: World, tokenizer, recipe: RARLRecipe):
     """TRL's reward function for its own generation: parse, grade and reward its token ids."""
     exams = {}
-    for step in range(config.steps):
-        drawn, budget = training_exams(world, config, step)
+    for step in range(recipe.steps):
+        drawn, budget = training_exams(world, recipe, step)
         exams |= {prompt_text(world, tokenizer, e, budget): (e, budget) for e in drawn}
 
     def reward(prompts, completion_ids, **kwargs) -> list[float]:
         found = []
-        for i in range(0, len(prompts), config.rollouts):
+        for i in range(0, len(prompts), recipe.rollouts):
             exam, budget = exams[prompts[i]]
-            group = [Rollout(tuple(ids), True) for ids in completion_ids[i : i + config.rollouts]]
+            group = [Rollout(tuple(ids), True) for ids in completion_ids[i : i + recipe.rollouts]]
             found += group_rewards(world, mark(world, tokenizer, exam, budget, group))
         return found
 
@@ -73,14 +71,14 @@ def prompt_text(world: World, tokenizer, exam, budget: int) -> str:
     return tokenizer.decode(encode_prompt(tokenizer, exam_prompt(world, exam, budget, STYLE)))
 
 
-def trl_with_its_own_generation(world: World, tokenizer, model, config: RARLConfig, work: Path):
+def trl_with_its_own_generation(world: World, tokenizer, model, recipe: RARLRecipe, work: Path):
     """A plain GRPOTrainer, as its documentation has it."""
     prompts = []
-    for step in range(config.steps):
-        drawn, budget = training_exams(world, config, step)
+    for step in range(recipe.steps):
+        drawn, budget = training_exams(world, recipe, step)
         prompts += [prompt_text(world, tokenizer, e, budget) for e in drawn]
-    return GRPOTrainer(model, reward_of_text(world, tokenizer, config),
-                       grpo_config(world, config, options_of(config), work),
+    return GRPOTrainer(model, reward_of_text(world, tokenizer, recipe),
+                       grpo_config(recipe, work),
                        train_dataset=Dataset.from_dict({"prompt": prompts}),
                        processing_class=tokenizer)
 
@@ -94,23 +92,23 @@ def trl_seconds(trainer: GRPOTrainer) -> list[float]:
     return clock.seconds
 
 
-def our_seconds(world: World, tokenizer, model, config: RARLConfig) -> list[float]:
+def our_seconds(world: World, tokenizer, model, recipe: RARLRecipe) -> list[float]:
     """Seconds of each step of ours."""
     generator = TorchGenerator.of(model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     seconds = []
-    for step in range(config.steps):
+    for step in range(recipe.steps):
         start = time.perf_counter()
-        train_step(world, tokenizer, model, generator, optimizer, config, step)
+        train_step(world, tokenizer, model, generator, optimizer, recipe, step)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def bench(turns: int = 3, config: RARLConfig = CONFIG, start: str = START) -> dict:
+def bench(turns: int = 3, recipe: RARLRecipe = RECIPE, start: str = START) -> dict:
     """All measurements as one JSON-ready dict; a few minutes.
 
     Args:
-        turns: of all three trainers; each does `config.steps` steps a turn.
+        turns: of all three trainers; each does `recipe.steps` steps a turn.
         start: the checkpoint that every turn begins with.
 
     Raises:
@@ -122,12 +120,12 @@ def bench(turns: int = 3, config: RARLConfig = CONFIG, start: str = START) -> di
         with tempfile.TemporaryDirectory() as folder:
             work, model = Path(folder), partial(load_model, start, "float32")
             seconds["trl"] += trl_seconds(trl_with_its_own_generation(
-                world, tokenizer, model(), config, work / "trl"))[1:]
+                world, tokenizer, model(), recipe, work / "trl"))[1:]
             seconds["trl_with_our_rollouts"] += trl_seconds(make_trainer(
-                world, tokenizer, model(), config, options_of(config), work / "both"))[1:]
-            seconds["ours"] += our_seconds(world, tokenizer, model(), config)[1:]
+                world, tokenizer, model(), recipe, work / "both"))[1:]
+            seconds["ours"] += our_seconds(world, tokenizer, model(), recipe)[1:]
     median = {name: float(np.median(s)) for name, s in seconds.items()}
     return {"seconds_per_step": median, "ratio": median["trl"] / median["ours"],
             "range": {name: [min(s), max(s)] for name, s in seconds.items()},
-            "exams": config.exams, "rollouts": config.rollouts, "budget": config.budgets[0],
+            "exams": recipe.exams, "rollouts": recipe.rollouts, "budget": recipe.budgets[0],
             "start": start, "dtype": "float32", "threads": torch.get_num_threads()}

@@ -1,7 +1,7 @@
 """Why does nothing move? The known causes of "reward 0, loss 0, no progress", read off a log.
 
 On policy the *value* of the loss says nothing (it is 0 where all responses are equally long), so
-it is not even logged. These columns say what is wrong (see `rarl.COLUMNS`):
+it is not even logged. These columns say what is wrong (see `rarl_loop.COLUMNS`):
 
     cause                 seen in
     sampler out of step   logprob_gap: the rollouts are those of another policy
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from roi_lib.rarl import COLUMNS, LARGEST_GAP
+from roi_lib.rarl_loop import COLUMNS, LARGEST_GAP
 
 #: Rows at each end of the log, at most; never more than half of it. Even, so that two budgets in
 #: turn weigh the same at both ends.
@@ -152,7 +152,7 @@ CHECKS = (sampler_out_of_step, rate_too_high, skipping_died_out, all_truncated, 
 
 
 def diagnose(log: Path) -> list[Finding]:
-    """The known causes that fit a training log (CSV with `rarl.COLUMNS`); empty: healthy.
+    """The known causes that fit a training log (CSV with `rarl_loop.COLUMNS`); empty: healthy.
 
     Raises:
         FileNotFoundError: no such file.
@@ -172,3 +172,10 @@ def diagnose(log: Path) -> list[Finding]:
         raise ValueError(f"{log} holds a field that is no number ({error}); restore it, or run "
                          "the training again") from error
     return [finding for check in CHECKS if (finding := check(curves))]
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """Findings as text, the more fundamental first."""
+    if not findings:
+        return "no known cause fits: nothing in this log looks wrong"
+    return "\n".join(f"{f.cause}: {f.evidence}\n    try: {f.remedy}" for f in findings)

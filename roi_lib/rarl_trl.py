@@ -6,11 +6,10 @@ touches TRL's inside is in this file. What has to be set against TRL's defaults,
 in `grpo_config`.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,92 +29,64 @@ from roi_lib.generation import (
     within_budget,
 )
 from roi_lib.problems import Problem
-from roi_lib.rarl import (
-    COLUMNS,
-    STYLE,
-    RARLConfig,
-    StepLog,
-    budgets_of,
-    describe,
-    roll_out,
-    training_exams,
-)
-from roi_lib.training import folder_lock
-from roi_lib.worlds import World
+from roi_lib.rarl import STYLE, roll_out, training_exams
+from roi_lib.rarl_loop import COLUMNS, StepLog, describe, fingerprint, keep
+from roi_lib.training import folder_lock, same_recipe
+from roi_lib.worlds import RARLRecipe, World
 
 #: Our words for TRL's: how advantages are scaled, and what a row's loss is divided by.
 SCALE_REWARDS = {"none": "none", "std": "group"}
 LOSS_TYPE = {"constant": "dr_grpo", "length": "grpo"}
+#: Who samples: our torch engine; TRL's vLLM in the trainer's process, or behind `trl vllm-serve`.
+ENGINES = ("torch", "colocate", "server")
 
 
-@dataclass(frozen=True)
-class TRLOptions:
-    """How the update is spread over the machine; none of it changes what is learned.
-
-    Attributes:
-        rows_at_once: rollouts a forward pass and device.
-        lora_rank: rank of the adapters on every linear layer; 0 trains all weights.
-        bf16: multiply in bfloat16.
-        checkpointing: recompute activations in the backward pass, for less memory.
-        vllm: None samples with the torch engine; "colocate" and "server" with TRL's vLLM.
-        vllm_url: address of a running `trl vllm-serve`, for "server".
-        vllm_memory: share of a GPU's memory for "colocate".
-    """
-
-    rows_at_once: int = 8
-    lora_rank: int = 32
-    bf16: bool = True
-    checkpointing: bool = True
-    vllm: str | None = None
-    vllm_url: str | None = None
-    vllm_memory: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.vllm not in (None, "colocate", "server"):
-            raise ValueError(f"vllm must be None, colocate or server, not {self.vllm!r}")
-
-
-def grpo_config(world: World, config: RARLConfig, options: TRLOptions, work: Path) -> GRPOConfig:
-    """The recipe in TRL's terms.
+def grpo_config(
+    recipe: RARLRecipe, work: Path, engine: str = "torch", vllm_url: str | None = None
+) -> GRPOConfig:
+    """The recipe in TRL's terms; see `train`.
 
     Raises:
-        ValueError: the rollouts of a step do not divide into whole groups on every process.
+        ValueError: an unknown engine, or the rollouts of a step do not divide into whole groups on
+            every process.
     """
+    trl, rows = recipe.trl, recipe.exams * recipe.rollouts
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate and torchrun set it
-    rows = config.exams * config.rollouts
-    if config.exams % processes or rows % (processes * options.rows_at_once):
-        raise ValueError(f"{config.exams} exams x {config.rollouts} rollouts do not divide among "
-                         f"{processes} processes at {options.rows_at_once} rows at once; change "
-                         "exams or rows_at_once")
-    vllm = {} if options.vllm is None else {
-        "use_vllm": True, "vllm_mode": options.vllm, "vllm_server_base_url": options.vllm_url,
-        "vllm_gpu_memory_utilization": options.vllm_memory,
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if recipe.exams % processes or rows % (processes * trl.rows_at_once):
+        raise ValueError(f"{recipe.exams} exams x {recipe.rollouts} rollouts do not divide among "
+                         f"{processes} processes at {trl.rows_at_once} rows at once; change "
+                         "exams or trl.rows_at_once")
+    vllm = {} if engine == "torch" else {
+        "use_vllm": True, "vllm_mode": engine, "vllm_server_base_url": vllm_url,
+        "vllm_gpu_memory_utilization": trl.vllm_memory,
         # the default, sequence_mask, drops whole responses, and the longer ones first
         "vllm_importance_sampling_mode": "token_truncate"}
     return GRPOConfig(
-        output_dir=str(work), max_steps=config.steps, seed=config.seed, shuffle_dataset=False,
-        per_device_train_batch_size=options.rows_at_once,
-        gradient_accumulation_steps=rows // (processes * options.rows_at_once),
-        num_generations=config.rollouts, num_iterations=1,
+        output_dir=str(work), max_steps=recipe.steps, seed=recipe.seed, shuffle_dataset=False,
+        per_device_train_batch_size=trl.rows_at_once,
+        gradient_accumulation_steps=rows // (processes * trl.rows_at_once),
+        num_generations=recipe.rollouts, num_iterations=1,
         # Dr. GRPO takes both: the loss type alone would still divide by the standard deviation
-        loss_type=LOSS_TYPE[config.normalizer], scale_rewards=SCALE_REWARDS[config.scale],
-        max_completion_length=max(budgets_of(world, config)),  # the constant normaliser
+        loss_type=LOSS_TYPE[recipe.normalizer], scale_rewards=SCALE_REWARDS[recipe.scale],
+        max_completion_length=max(recipe.budgets),  # the constant normaliser
         beta=0.0, mask_truncated_completions=False,  # a response cut by the budget must count
-        temperature=config.temperature, top_p=1.0, top_k=0,
-        learning_rate=config.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
-        max_grad_norm=config.max_grad_norm, bf16=options.bf16,
-        gradient_checkpointing=options.checkpointing, logging_steps=1,
-        save_steps=config.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
+        temperature=recipe.temperature, top_p=1.0, top_k=0,
+        learning_rate=recipe.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16,
+        gradient_checkpointing=trl.checkpointing, logging_steps=1,
+        save_steps=recipe.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **vllm)
 
 
 def exam_dataset(
-    world: World, config: RARLConfig, pool: list[Problem] | None = None
+    world: World, recipe: RARLRecipe, pool: list[Problem] | None = None
 ) -> Dataset:
-    """The prompts of all steps in their order: those of `rarl.train` with the same recipe."""
+    """The prompts of all steps in their order: those of `rarl_loop.train` with the same recipe."""
     messages = []
-    for step in range(config.steps):
-        exams, budget = training_exams(world, config, step, pool)
+    for step in range(recipe.steps):
+        exams, budget = training_exams(world, recipe, step, pool)
         messages += [exam_prompt(world, exam, budget, STYLE) for exam in exams]
     return Dataset.from_dict({"prompt": messages})
 
@@ -155,19 +126,19 @@ class ExamRollouts:
     """
 
     def __init__(
-        self, world: World, tokenizer, config: RARLConfig, pool: list[Problem] | None = None
+        self, world: World, tokenizer, recipe: RARLRecipe, pool: list[Problem] | None = None
     ) -> None:
-        self.world, self.tokenizer, self.config, self.pool = world, tokenizer, config, pool
+        self.world, self.tokenizer, self.recipe, self.pool = world, tokenizer, recipe, pool
         self.row: dict[str, float] = {}  # what `describe` says of the last rollouts here
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
-        """Rollouts of this process's prompts, each of which comes `config.rollouts` times.
+        """Rollouts of this process's prompts, each of which comes `recipe.rollouts` times.
 
         Raises:
             ValueError: the prompts are not the step's exams in whole groups.
         """
-        step, n = trainer.state.global_step, self.config.rollouts
-        exams, budget = training_exams(self.world, self.config, step, self.pool)
+        step, n = trainer.state.global_step, self.recipe.rollouts
+        exams, budget = training_exams(self.world, self.recipe, step, self.pool)
         by_message = {exam_prompt(self.world, e, budget, STYLE): e for e in exams}
         own = prompts[::n]
         if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(by_message):
@@ -177,7 +148,7 @@ class ExamRollouts:
         generator = self._generator(trainer, model)
         model.eval()
         groups = roll_out(self.world, self.tokenizer, generator, [by_message[m] for m in own],
-                          budget, self.config, step)
+                          budget, self.recipe, step)
         model.train()
         self.row = {"budget": budget, **describe(self.world, groups)}
         end = [self.tokenizer.eos_token_id]  # TRL takes no empty response: for failed rollouts
@@ -201,7 +172,7 @@ def exam_reward(reward: list[float | None], **kwargs) -> list[float | None]:
 
 
 class StepReport(TrainerCallback):
-    """Writes `log.csv` with the columns of `rarl`, and marks whole checkpoints as whole.
+    """Writes `log.csv` as `rarl_loop` does, keeps models, and marks whole checkpoints as whole.
 
     With several processes, what the rollouts say is that of the first one's share.
     """
@@ -228,9 +199,19 @@ class StepReport(TrainerCallback):
             "logprob_gap": float(logs.get("sampling/sampling_logp_difference/mean", math.nan)),
             "seconds": self.before + self.seconds})
         self.log.append(self.rows[-1])
-        if step % self.rollouts.config.log_every == 0 or step == state.max_steps:
+        if step % self.rollouts.recipe.log_every == 0 or step == state.max_steps:
             self.log.show(self.rows, state.max_steps, self.seconds / (step - self.first))
             self.rows = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """The start is kept as step 0."""
+        if self.first == 0:
+            self.on_step_end(args, state, control, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Keep the model (of a model with adapters: those) after the steps `recipe.keep`."""
+        if state.global_step in self.rollouts.recipe.keep and state.is_world_process_zero:
+            keep(Path(args.output_dir), model, state.global_step)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end (F1)."""
@@ -239,42 +220,36 @@ class StepReport(TrainerCallback):
 
 
 def make_trainer(
-    world: World, tokenizer, model, config: RARLConfig, options: TRLOptions, work: Path,
-    pool: list[Problem] | None = None, last_step: int = 0,
+    world: World, tokenizer, model, recipe: RARLRecipe, work: Path,
+    pool: list[Problem] | None = None, engine: str = "torch", vllm_url: str | None = None,
+    last_step: int = 0,
 ) -> GRPOTrainer:
-    """A trainer that does what `rarl.train` does, with TRL's update."""
-    rollouts = ExamRollouts(world, tokenizer, config, pool)
-    adapters = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, lora_dropout=0.0,
-                          target_modules="all-linear", task_type="CAUSAL_LM")
+    """A trainer that does what `rarl_loop.train` does, with TRL's update; see `train`."""
+    rollouts, rank = ExamRollouts(world, tokenizer, recipe, pool), recipe.trl.lora_rank
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
+                          target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     trainer = GRPOTrainer(
-        model, exam_reward, grpo_config(world, config, options, work),
-        train_dataset=exam_dataset(world, config, pool), processing_class=tokenizer,
-        rollout_func=rollouts, peft_config=adapters if options.lora_rank else None,
+        model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
+        train_dataset=exam_dataset(world, recipe, pool), processing_class=tokenizer,
+        rollout_func=rollouts, peft_config=adapters,
         callbacks=[StepReport(rollouts, work / "log.csv", last_step)])
     trainer.remove_callback(PrinterCallback)  # it prints what the log prints
     return trainer
 
 
-def check_recipe(work: Path, config: RARLConfig) -> None:
-    """Keep the recipe beside the run; refuse to continue with another.
-
-    Raises:
-        ValueError: `work` holds a run with another recipe.
-    """
-    path, recipe = work / "recipe.json", json.loads(json.dumps(asdict(config)))
-    if path.is_file() and json.loads(path.read_text()) != recipe:
-        raise ValueError(f"{work} holds a run with another recipe; choose another --work")
-    path.write_text(json.dumps(recipe, indent=1) + "\n")
-
-
 def train(
-    world: World, tokenizer, model, config: RARLConfig, options: TRLOptions, work: Path,
-    pool: list[Problem] | None = None,
+    world: World, tokenizer, model, recipe: RARLRecipe, work: Path,
+    pool: list[Problem] | None = None, engine: str = "torch", vllm_url: str | None = None,
 ):
     """Train with TRL; continue from the newest whole checkpoint below `work`.
 
     Start it with `accelerate launch` for several GPUs. Saves fall on step boundaries, where the
     rollouts of a step have all been used (TRL resumes exactly only there).
+
+    Args:
+        pool: problems instead of the world's generated ones (see `rarl_run.problem_pool`).
+        engine: who samples, see `ENGINES`.
+        vllm_url: address of a running `trl vllm-serve`, for "server".
 
     Returns:
         The model, adapters merged, in eval mode.
@@ -283,20 +258,19 @@ def train(
         ValueError: another recipe's run, another process, or rows that do not divide.
         FloatingPointError: NaN or infinite logits or gradient; names the step.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
-    if not first:
-        return _train(world, tokenizer, model, config, options, work, pool)
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process holds the lock
+        return _train(world, tokenizer, model, recipe, work, pool, engine, vllm_url)
     with folder_lock(work):
-        check_recipe(work, config)
-        return _train(world, tokenizer, model, config, options, work, pool)
+        same_recipe(work, asdict(recipe) | {"world": world.name, "start": fingerprint(model)})
+        return _train(world, tokenizer, model, recipe, work, pool, engine, vllm_url)
 
 
-def _train(world, tokenizer, model, config, options, work, pool):
+def _train(world, tokenizer, model, recipe, work, pool, engine, vllm_url):
     state = newest_complete(work, "checkpoint-")
     if state:
         print(f"continuing from {state}")
-    step = int(state.name.split("-")[1]) if state else 0
-    trainer = make_trainer(world, tokenizer, model, config, options, work, pool, step)
+    trainer = make_trainer(world, tokenizer, model, recipe, work, pool, engine, vllm_url,
+                           int(state.name.split("-")[1]) if state else 0)
     trainer.train(resume_from_checkpoint=str(state) if state else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return (model.merge_and_unload() if options.lora_rank else model).eval()
+    return (model.merge_and_unload() if recipe.trl.lora_rank else model).eval()

@@ -73,6 +73,90 @@ class MFTRecipe:
 
 
 @dataclass(frozen=True)
+class TRLRecipe:
+    """How TRL's GRPOTrainer spreads the update of RARL over a machine.
+
+    Attributes:
+        rows_at_once: rollouts a forward pass and device.
+        lora_rank: rank of the adapters on every linear layer; 0 trains all weights.
+        bf16: multiply in bfloat16.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        vllm_memory: share of a GPU's memory for a vLLM in the trainer's own process.
+    """
+
+    rows_at_once: int
+    lora_rank: int
+    bf16: bool
+    checkpointing: bool
+    vllm_memory: float = 0.3
+
+
+@dataclass(frozen=True)
+class RARLRecipe:
+    """How Rationality-Aware RL is done. The paper fixes reward and loss; the numbers are ours.
+
+    Attributes:
+        steps: updates; each has fresh rollouts (on policy, one update a batch).
+        exams, rollouts: exams a step, and rollouts of each (the group of Dr. GRPO).
+        budgets: taken in turn, one a step; the prompt states it. The largest one is the constant
+            normaliser of the loss.
+        learning_rate: of AdamW, constant, without weight decay. Too high a rate destroys the
+            policy: accuracy falls and skipping dies out (see `diagnosis`).
+        orders: (order, weight) of the exams.
+        n_problems: problems an exam.
+        temperature: of sampling, and of the log-probabilities.
+        reward: see `rarl.problem_reward`; `skip_bonus` counts for the variant of that name only.
+        scale, normalizer: see `rarl.advantages`, `rarl.policy_loss`. ("none", "constant") is
+            Dr. GRPO, ("std", "length") is GRPO.
+        max_grad_norm: gradients are clipped to this norm.
+        log_every, save_every: steps between printed lines, and between checkpoints.
+        keep: steps after which a copy of the model is kept; 0 is the start.
+        trl: for TRL's trainer; None: the library's own, for one process and small models.
+
+    Raises:
+        ValueError: a choice that does not exist, or a number that cannot be.
+    """
+
+    steps: int
+    exams: int
+    rollouts: int
+    budgets: tuple[int, ...]
+    learning_rate: float
+    orders: tuple[tuple[str, float], ...] = (("hard", 0.5), ("medium", 0.3), ("easy", 0.2))
+    n_problems: int = 3
+    temperature: float = 1.0
+    reward: str = "level"
+    skip_bonus: float = 0.1
+    scale: str = "none"
+    normalizer: str = "constant"
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    save_every: int = 20
+    keep: tuple[int, ...] = ()
+    seed: int = 0
+    trl: TRLRecipe | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"reward": ("level", "answer", "skip_bonus"), "scale": ("none", "std"),
+                   "normalizer": ("constant", "length")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, "
+                                 f"not {getattr(self, name)!r}")
+        if unknown := {order for order, _ in self.orders} - set(ORDERS):
+            raise ValueError(f"unknown order {min(unknown)!r}; choose from {', '.join(ORDERS)}")
+        if self.rollouts < 2 or min(self.exams, self.steps, self.log_every, self.save_every) < 1:
+            raise ValueError("a group needs at least 2 rollouts; steps, exams, log_every and "
+                             "save_every must be at least 1")
+        if self.temperature <= 0 or self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("temperature, learning_rate and max_grad_norm must be above 0")
+        if not self.budgets or not self.orders:
+            raise ValueError("name at least one budget and one order")
+        if missed := [step for step in self.keep if not 0 <= step <= self.steps]:
+            raise ValueError(f"step {missed[0]} cannot be kept: there are {self.steps} steps")
+
+
+@dataclass(frozen=True)
 class World:
     """One world of the method. Costs and budgets are in response tokens.
 
@@ -90,6 +174,7 @@ class World:
         dtype: arithmetic of the torch engine; "auto" for the checkpoint's own.
         methods: name -> what the evaluation compares.
         mft: recipe of Meta-Cognitive Fine-Tuning.
+        rarl: recipe of Rationality-Aware RL.
     """
 
     name: str
@@ -105,6 +190,7 @@ class World:
     dtype: str
     methods: Mapping[str, Method]
     mft: MFTRecipe
+    rarl: RARLRecipe
 
     @property
     def skip_level(self) -> int:
@@ -156,12 +242,15 @@ POCKET = World(
         "plan_and_solve": Method("pocket-base", "plan_and_solve"),
         "least_to_most": Method("pocket-base", "least_to_most"),
         "mft": Method("pocket-mft", "roi"),
+        "rarl": Method("pocket-rarl", "roi"),
     },
     mft=MFTRecipe(
         problems=1_200, samples=4, keep="shortest", exams=9_000,
         sizes=((2, 3), (3, 12), (4, 2), (5, 1), (6, 1)), rows=32, rows_at_once=32,
         learning_rate=1.5e-3, max_length=1_024, lora_rank=0, bf16=False, checkpointing=False,
         dev_exams=64, card_papers=500, log_every=50, save_every=100),
+    rarl=RARLRecipe(
+        steps=300, exams=16, rollouts=16, budgets=(64, 128), learning_rate=1e-4),
 )
 
 _EXAM_RULES = """\
@@ -205,12 +294,16 @@ for up to 1024. If it is not worth its tokens, write \
         "plan_and_solve": Method("Qwen/Qwen2.5-1.5B-Instruct", "plan_and_solve"),
         "least_to_most": Method("Qwen/Qwen2.5-1.5B-Instruct", "least_to_most"),
         "mft": Method("paper-mft", "roi"),
+        "rarl": Method("paper-rarl", "roi"),
     },
     mft=MFTRecipe(
         problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
         rows=64, rows_at_once=4, learning_rate=1e-4, max_length=4_096, lora_rank=32, bf16=True,
         checkpointing=True, dev_exams=32, card_papers=100, log_every=20,
         save_every=50),
+    rarl=RARLRecipe(
+        steps=300, exams=32, rollouts=8, budgets=(512, 1024), learning_rate=2e-5, log_every=1,
+        trl=TRLRecipe(rows_at_once=4, lora_rank=32, bf16=True, checkpointing=True)),
 )
 
 WORLDS = {world.name: world for world in (POCKET, PAPER)}

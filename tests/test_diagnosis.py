@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from roi_lib.diagnosis import CHECKS, diagnose
-from roi_lib.rarl import COLUMNS
+from roi_lib.rarl_loop import COLUMNS
 
 STEPS = 40
 HEALTHY = {"budget": 64, "reward": (0.6, 1.1), "score": (0.7, 1.15), "skip_easy": 0.0,

@@ -1,13 +1,13 @@
 """RARL: reward, advantages, loss and gradients on hand-made numbers; runs that get killed."""
 
 import copy
-import dataclasses
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,36 +16,30 @@ from conftest import ROOT, TINY
 from safetensors import SafetensorError
 
 from roi_lib import checkpoints, rarl
-from roi_lib.checkpoints import CheckpointError, load_model, verify_folder
+from roi_lib.checkpoints import CheckpointError, verify_folder
 from roi_lib.exams import Exam, draw_papers
 from roi_lib.generation import Rollout, TorchGenerator
 from roi_lib.pretrain import new_model
 from roi_lib.rarl import (
     Group,
-    RARLConfig,
     advantages,
     batch_gradient,
     completion_logprobs,
-    describe,
-    fingerprint,
     group_rewards,
-    logprob_gap,
     mark,
-    measure,
     pad_right,
     policy_loss,
-    publish,
     roll_out,
-    train,
     train_step,
     training_exams,
 )
+from roi_lib.rarl_loop import COLUMNS, describe, fingerprint, logprob_gap, train
 from roi_lib.tokenizer import build_tokenizer
 from roi_lib.training import folder_lock
 from roi_lib.worlds import POCKET
 
-CONFIG = RARLConfig(steps=6, exams=2, rollouts=4, budgets=(16, 24), learning_rate=1e-3,
-                    save_every=2, log_every=2)
+SMALL = replace(POCKET.rarl, steps=6, exams=2, rollouts=4, budgets=(16, 24), learning_rate=1e-3,
+                save_every=2, log_every=2)
 SKIP = "<predicted_level>Level-3</predicted_level> \\boxed{NA}"
 
 
@@ -69,7 +63,7 @@ def run(work, steps=6, **changes):
     model = tiny(tokenizer)
     rarl.group_rewards = spread
     try:
-        train(POCKET, tokenizer, model, dataclasses.replace(CONFIG, steps=steps, **changes), work)
+        train(POCKET, tokenizer, model, replace(SMALL, steps=steps, **changes), work)
     finally:
         rarl.group_rewards = group_rewards
     return fingerprint(model)
@@ -87,11 +81,11 @@ def groups(tokenizer, monkeypatch):
     """Two groups of rollouts of a random model, of many lengths, with spread in their rewards."""
     monkeypatch.setattr(rarl, "group_rewards", spread)
     model = tiny(tokenizer)
-    exams, budget = training_exams(POCKET, CONFIG, 0)
+    exams, budget = training_exams(POCKET, SMALL, 0)
     sampled = roll_out(POCKET, tokenizer, TorchGenerator.of(model, tokenizer), exams, budget,
-                       CONFIG, 0)
-    return [dataclasses.replace(g, sittings=tuple(
-        dataclasses.replace(s, ids=s.ids[: len(s.ids) - 3 * k]) for k, s in enumerate(g.sittings)))
+                       SMALL, 0)
+    return [replace(g, sittings=tuple(
+        replace(s, ids=s.ids[: len(s.ids) - 3 * k]) for k, s in enumerate(g.sittings)))
         for g in sampled]
 
 
@@ -118,7 +112,7 @@ def honest(tokenizer, exam):
     """The right answers, each under the level of its real cost."""
     texts = []
     for problem in exam.problems:
-        alone = dataclasses.replace(exam, problems=(problem,))
+        alone = replace(exam, problems=(problem,))
         tries = [f"<predicted_level>Level-{k}</predicted_level> {problem.solution}"
                  for k in range(4)]
         costs = [sat(tokenizer, alone, [text])[0].response.segments[0].cost for text in tries]
@@ -143,7 +137,7 @@ def test_reward_needs_a_right_answer_and_a_right_level(tokenizer, exam):
 
 def test_F22_a_failed_rollout_has_no_reward_and_moves_nothing(tokenizer, exam):
     good, other = sat(tokenizer, exam, honest(tokenizer, exam), [SKIP] * 3)
-    failed = dataclasses.replace(other, ids=(), failed="time-out")
+    failed = replace(other, ids=(), failed="time-out")
     rewards = group_rewards(POCKET, [good, other, failed])
     assert rewards[:2] == [3, 0] and rewards[2] != rewards[2]
     assert advantages(torch.tensor([rewards])).tolist() == [[1.5, -1.5, 0]]
@@ -234,9 +228,9 @@ def test_gradients_equal_the_naive_computation_row_by_row(tokenizer, groups, dty
     assert len({len(g.prompt) for g in groups}) > 1
     assert len({len(s.ids) for g in groups for s in g.sittings}) > 2
     for scale, normalizer in (("none", "constant"), ("std", "length")):
-        config = dataclasses.replace(CONFIG, scale=scale, normalizer=normalizer)
+        recipe = replace(SMALL, scale=scale, normalizer=normalizer)
         expected = naive_gradient(model, groups, 24, scale, normalizer)
-        batch_gradient(model, groups, 24, config)
+        batch_gradient(model, groups, recipe)
         assert difference(model, expected) < least
 
 
@@ -244,19 +238,19 @@ def test_grpo_is_another_gradient(tokenizer, groups):
     model = tiny(tokenizer)
     dr_grpo = naive_gradient(model, groups, 24)
     for change in ({"scale": "std"}, {"normalizer": "length"}):
-        batch_gradient(model, groups, 24, dataclasses.replace(CONFIG, **change))
+        batch_gradient(model, groups, replace(SMALL, **change))
         assert difference(model, dr_grpo) > 0.01
 
 
 def test_equal_rollouts_and_single_tokens_are_computed_rightly(tokenizer, groups):
     model = tiny(tokenizer)
     first, second = groups[0].sittings[:2]
-    short = dataclasses.replace(second, ids=second.ids[:1])
+    short = replace(second, ids=second.ids[:1])
     for sittings, rewards in (((first, first, second, short), (1.0, 0.0, 2.0, 3.0)),
                               ((short, short, short, short), (1.0, 0.0, 0.0, 0.0))):
         group = Group(groups[0].prompt, sittings, rewards)
         expected = naive_gradient(model, [group], 24)
-        batch_gradient(model, [group], 24, CONFIG)
+        batch_gradient(model, [group], SMALL)
         largest = max(float(g.abs().max()) for g in expected.values())
         gap = max(float((p.grad - expected[name]).abs().max())
                   for name, p in model.named_parameters())
@@ -268,16 +262,16 @@ def test_entropy_is_the_mean_over_all_response_tokens(tokenizer, groups):
     group = Group(groups[0].prompt, groups[0].sittings[:1] * 3, (0.0, 1.0, 2.0))
     ids, mask = pad_right([group.sittings[0].ids])
     _, entropy = completion_logprobs(model, torch.tensor(group.prompt), ids)
-    assert batch_gradient(model, [group], 24, CONFIG)["entropy"] == pytest.approx(
+    assert batch_gradient(model, [group], SMALL)["entropy"] == pytest.approx(
         float(entropy.mean()), rel=1e-5)
 
 
 def test_F22_groups_without_spread_are_left_out_and_counted(tokenizer, groups):
     model = tiny(tokenizer)
-    flat = [dataclasses.replace(g, rewards=(2.0,) * 4) for g in groups]
-    learned = batch_gradient(model, [groups[0], flat[1]], 24, CONFIG)
+    flat = [replace(g, rewards=(2.0,) * 4) for g in groups]
+    learned = batch_gradient(model, [groups[0], flat[1]], SMALL)
     assert learned["no_spread"] == 0.5
-    learned = batch_gradient(model, flat, 24, CONFIG)
+    learned = batch_gradient(model, flat, SMALL)
     assert learned["no_spread"] == 1 and learned["entropy"] != learned["entropy"]
     assert all(p.grad is None for p in model.parameters())
 
@@ -285,20 +279,20 @@ def test_F22_groups_without_spread_are_left_out_and_counted(tokenizer, groups):
 def test_F22_a_run_without_any_spread_goes_on_and_changes_nothing(tokenizer, tmp_path):
     model = tiny(tokenizer)
     before = fingerprint(model)
-    config = dataclasses.replace(CONFIG, steps=2, save_every=1)
-    train(POCKET, tokenizer, model, dataclasses.replace(config, steps=1), tmp_path / "other")
-    train(POCKET, tokenizer, model, config, tmp_path)
-    train(POCKET, tokenizer, model, config, tmp_path)  # continues an empty optimizer
+    recipe = replace(SMALL, steps=2, save_every=1)
+    train(POCKET, tokenizer, model, replace(recipe, steps=1), tmp_path / "other")
+    train(POCKET, tokenizer, model, recipe, tmp_path)
+    train(POCKET, tokenizer, model, recipe, tmp_path)  # continues an empty optimizer
     assert fingerprint(model) == before
     assert (tmp_path / "log.csv").read_text().count(",1.0,0.0,,") == 2
 
 
 def test_F23_rows_that_the_budget_cuts_still_train(tokenizer, groups):
     model = tiny(tokenizer)
-    cut = [dataclasses.replace(g, sittings=tuple(
-        dataclasses.replace(s, finished=False) for s in g.sittings)) for g in groups]
+    cut = [replace(g, sittings=tuple(
+        replace(s, finished=False) for s in g.sittings)) for g in groups]
     assert describe(POCKET, cut)["cut"] == 1
-    batch_gradient(model, cut, 24, CONFIG)
+    batch_gradient(model, cut, SMALL)
     assert sum(float(p.grad.abs().sum()) for p in model.parameters()) > 0
 
 
@@ -307,11 +301,11 @@ def test_F24_a_broken_model_stops_with_step_and_batch(tokenizer, groups):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="loss is nan at step 7, exam 0"):
-        batch_gradient(model, groups, 24, CONFIG, step=7)
+        batch_gradient(model, groups, SMALL, step=7)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(FloatingPointError, match="step 5, sampling 2 exams under budget 24: the"):
         train_step(POCKET, tokenizer, model, TorchGenerator.of(model, tokenizer), optimizer,
-                   CONFIG, 5)
+                   SMALL, 5)
 
 
 def test_F26_a_sampler_with_stale_weights_is_noticed(tokenizer, groups):
@@ -343,31 +337,33 @@ def test_F27_another_precision_shows_and_another_temperature_is_another_policy(t
 
 
 def test_exams_follow_from_seed_and_step_alone():
-    exams, budget = training_exams(POCKET, RARLConfig(), 3)
-    again, _ = training_exams(POCKET, RARLConfig(), 3)
+    exams, budget = training_exams(POCKET, POCKET.rarl, 3)
+    again, _ = training_exams(POCKET, POCKET.rarl, 3)
     assert exams == again and len(exams) == 16 and budget == 128
-    assert exams != training_exams(POCKET, RARLConfig(), 4)[0]
-    assert exams != training_exams(POCKET, RARLConfig(seed=1), 3)[0]
+    assert exams != training_exams(POCKET, POCKET.rarl, 4)[0]
+    assert exams != training_exams(POCKET, replace(POCKET.rarl, seed=1), 3)[0]
     assert {e.order for e in exams} == {"hard", "medium", "easy"}
-    assert [training_exams(POCKET, RARLConfig(exams=1), s)[1] for s in (0, 1, 2)] == [64, 128, 64]
+    budgets = [training_exams(POCKET, replace(POCKET.rarl, exams=1), s)[1] for s in (0, 1, 2)]
+    assert budgets == [64, 128, 64]
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"reward": "luck"}, "reward must be one of level, answer, skip_bonus"),
     ({"scale": "batch"}, "scale must be one of"), ({"rollouts": 1}, "at least 2 rollouts"),
     ({"orders": (("best", 1.0),)}, "unknown order 'best'"), ({"temperature": 0}, "above 0"),
-    ({"budgets": ()}, "at least one budget")])
+    ({"budgets": ()}, "at least one budget"),
+    ({"steps": 5, "keep": (0, 6)}, "step 6 cannot be kept: there are 5 steps")])
 def test_a_bad_recipe_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
-        RARLConfig(**change)
+        replace(POCKET.rarl, **change)
 
 
 def test_a_budget_too_small_for_a_tag_is_refused(tokenizer):
     model = tiny(tokenizer)
-    config = dataclasses.replace(CONFIG, budgets=(2,))
+    recipe = replace(SMALL, budgets=(2,))
     with pytest.raises(ValueError, match="budget 2 is smaller"):
-        exams, budget = training_exams(POCKET, config, 0)
-        roll_out(POCKET, tokenizer, TorchGenerator.of(model, tokenizer), exams, budget, config, 0)
+        exams, budget = training_exams(POCKET, recipe, 0)
+        roll_out(POCKET, tokenizer, TorchGenerator.of(model, tokenizer), exams, budget, recipe, 0)
 
 
 # --- runs that are killed, and folders ---------------------------------------------------------
@@ -418,13 +414,13 @@ def test_F1_F2_F3_a_damaged_checkpoint_is_passed_over(unkilled, tmp_path):
 
 def test_another_recipe_or_start_is_refused(unkilled, tmp_path, tokenizer):
     work, weights = unkilled
-    with pytest.raises(ValueError, match="another recipe or from another model"):
+    with pytest.raises(ValueError, match="another learning_rate, which makes it another recipe"):
         run(work, learning_rate=2e-3)
     other = tiny(tokenizer)
     with torch.no_grad():
         other.model.norm.weight.mul_(2)
-    with pytest.raises(ValueError, match="another model"):
-        train(POCKET, tokenizer, other, CONFIG, work)
+    with pytest.raises(ValueError, match="another start"):
+        train(POCKET, tokenizer, other, SMALL, work)
     assert run(work) == weights  # a finished run does nothing more
 
 
@@ -455,25 +451,12 @@ def test_F5_two_runs_cannot_share_a_folder(tmp_path):
 def test_log_lines_and_live_rows(tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rarl, "group_rewards", spread)
     rows = []
-    progress = train(POCKET, tokenizer, tiny(tokenizer), dataclasses.replace(CONFIG, steps=3),
-                     tmp_path, on_step=rows.append)
+    train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=3), tmp_path,
+          on_step=rows.append)
     out = capsys.readouterr().out
     assert "step 2/3" in out and "step 3/3" in out and "about 0 s left" in out
     assert [row["budget"] for row in rows] == [16, 24, 16]
     header, *lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert header.split(",") == list(rarl.COLUMNS) and len(lines) == 3
+    assert header.split(",") == list(COLUMNS) and len(lines) == 3
     gaps = [row["logprob_gap"] for row in rows]
     assert gaps[0] < 1e-5 and gaps[1] != gaps[1]
-    assert progress["step"] == 3
-
-
-def test_a_published_checkpoint_loads_and_its_card_tells(tokenizer, unkilled, tmp_path):
-    work, weights = unkilled
-    model = tiny(tokenizer)
-    progress = {"step": 6, "seconds": 3.0, "recipe": dataclasses.asdict(CONFIG), "start": ""}
-    records = measure(POCKET, tokenizer, model, 4)
-    publish(POCKET, model, tmp_path / "pocket-rarl", progress, work / "log.csv", "pocket-mft",
-            records)
-    assert fingerprint(load_model(str(tmp_path / "pocket-rarl"), "float32")) == fingerprint(model)
-    card = (tmp_path / "pocket-rarl" / "README.md").read_text()
-    assert "pocket-mft" in card and card.count("rarl ") >= 6 and '"learning_rate": 0.001' in card

@@ -1,33 +1,33 @@
 """TRL's GRPOTrainer and our trainer: the same rollouts, the same gradient."""
 
-import dataclasses
-import warnings
+from dataclasses import replace
 
 import pytest
+import test_rarl
 import torch
-from conftest import TINY
-from test_rarl import CONFIG, difference, naive_gradient, spread, tiny
+from test_rarl import difference, naive_gradient, spread, tiny
 from transformers import TrainerCallback
 
-from roi_lib import bench_rarl, rarl
+from roi_lib import bench_rarl, rarl, rarl_loop
 from roi_lib.checkpoints import newest_complete
 from roi_lib.exams import encode_prompt, exam_prompt
 from roi_lib.generation import Request, TorchGenerator
-from roi_lib.rarl import batch_gradient, fingerprint, roll_out, training_exams
+from roi_lib.rarl import batch_gradient, roll_out, training_exams
+from roi_lib.rarl_loop import COLUMNS, fingerprint
 from roi_lib.rarl_trl import (
     ExamRollouts,
     TrainerVLLM,
-    TRLOptions,
     exam_dataset,
     exam_reward,
     grpo_config,
     make_trainer,
     train,
 )
-from roi_lib.worlds import PAPER, POCKET
+from roi_lib.worlds import PAPER, POCKET, TRLRecipe
 
-OPTIONS = TRLOptions(rows_at_once=4, lora_rank=0, bf16=False, checkpointing=False)
-UNCLIPPED = dataclasses.replace(CONFIG, steps=1, max_grad_norm=1e9)
+TRL = TRLRecipe(rows_at_once=4, lora_rank=0, bf16=False, checkpointing=False)
+SMALL = replace(test_rarl.SMALL, trl=TRL)
+UNCLIPPED = replace(SMALL, steps=1, max_grad_norm=1e9)
 
 
 @pytest.fixture(autouse=True)
@@ -44,61 +44,60 @@ class Gradients(TrainerCallback):
         self.of = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def trl_gradient(tokenizer, config, work, dtype):
+def trl_gradient(tokenizer, recipe, work, dtype):
     """The gradient of TRL's first update from the tiny model, and the model before it."""
     kept = Gradients()
-    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer, dtype), config, OPTIONS, work)
+    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer, dtype), recipe, work)
     trainer.add_callback(kept)
     trainer.train()
     return kept.of
 
 
-def first_groups(tokenizer, config, dtype):
+def first_groups(tokenizer, recipe, dtype):
     """The rollouts of step 0, as both trainers make them."""
     model = tiny(tokenizer, dtype)
-    exams, budget = training_exams(POCKET, config, 0)
+    exams, budget = training_exams(POCKET, recipe, 0)
     return model, roll_out(POCKET, tokenizer, TorchGenerator.of(model, tokenizer), exams, budget,
-                           config, 0)
+                           recipe, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("change", [{}, {"scale": "std", "normalizer": "length"}])
 def test_trl_and_we_have_the_same_gradient(tokenizer, tmp_path, dtype, change):
-    config = dataclasses.replace(UNCLIPPED, **change)
-    theirs = trl_gradient(tokenizer, config, tmp_path, dtype)
-    model, groups = first_groups(tokenizer, config, dtype)
-    batch_gradient(model, groups, 24, config)
+    recipe = replace(UNCLIPPED, **change)
+    theirs = trl_gradient(tokenizer, recipe, tmp_path, dtype)
+    model, groups = first_groups(tokenizer, recipe, dtype)
+    batch_gradient(model, groups, recipe)
     assert difference(model, theirs) < 1e-5
-    by_hand = naive_gradient(model, groups, 24, config.scale, config.normalizer)
+    by_hand = naive_gradient(model, groups, 24, recipe.scale, recipe.normalizer)
     assert max(float(g.abs().max()) for g in by_hand.values()) > 1e-3
     assert difference(model, theirs) < 1e-5  # .grad is the hand-written one now
     other = {"scale": "std"} if not change else {"scale": "none", "normalizer": "constant"}
-    batch_gradient(model, groups, 24, dataclasses.replace(config, **other))
+    batch_gradient(model, groups, replace(recipe, **other))
     assert difference(model, theirs) > 0.01
 
 
 def test_two_steps_of_trl_are_two_steps_of_ours(tokenizer, tmp_path):
-    config = dataclasses.replace(CONFIG, steps=2)
-    theirs = train(POCKET, tokenizer, tiny(tokenizer), config, OPTIONS, tmp_path / "trl")
+    recipe = replace(SMALL, steps=2)
+    theirs = train(POCKET, tokenizer, tiny(tokenizer), recipe, tmp_path / "trl")
     ours = tiny(tokenizer)
-    rarl.train(POCKET, tokenizer, ours, config, tmp_path / "ours")
+    rarl_loop.train(POCKET, tokenizer, ours, recipe, tmp_path / "ours")
     for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
     rows = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("trl", "ours")]
     assert rows[0][0] == rows[1][0] and len(rows[0]) == len(rows[1]) == 3
-    same = [c for c in rarl.COLUMNS if c not in ("grad_norm", "entropy", "logprob_gap", "seconds")]
+    same = [c for c in COLUMNS if c not in ("grad_norm", "entropy", "logprob_gap", "seconds")]
     for theirs, ours in zip(*(r[1:] for r in rows), strict=True):
-        theirs, ours = (dict(zip(rarl.COLUMNS, row.split(","), strict=True))
+        theirs, ours = (dict(zip(COLUMNS, row.split(","), strict=True))
                         for row in (theirs, ours))
         assert [theirs[c] for c in same] == [ours[c] for c in same]
         assert float(theirs["grad_norm"]) == pytest.approx(float(ours["grad_norm"]), rel=1e-3)
 
 
 def test_lora_trains_the_adapters_and_merges_them(tokenizer, tmp_path):
-    options = dataclasses.replace(OPTIONS, lora_rank=2, checkpointing=True)
+    recipe = replace(SMALL, steps=2, trl=replace(TRL, lora_rank=2, checkpointing=True))
     before = tiny(tokenizer)
-    model = train(POCKET, tokenizer, tiny(tokenizer), dataclasses.replace(CONFIG, steps=2), options,
-                  tmp_path)
+    model = train(POCKET, tokenizer, tiny(tokenizer), recipe, tmp_path)
     names = {n for n, p in model.named_parameters()
              if not torch.equal(p, dict(before.named_parameters())[n])}
     assert names and all("_proj" in name for name in names)
@@ -106,8 +105,8 @@ def test_lora_trains_the_adapters_and_merges_them(tokenizer, tmp_path):
 
 def test_F3_a_continued_trl_run_equals_an_unbroken_one(tokenizer, tmp_path, monkeypatch):
     whole = fingerprint(train(POCKET, tokenizer, tiny(tokenizer),
-                              dataclasses.replace(CONFIG, steps=4), OPTIONS, tmp_path / "whole"))
-    config, calls = dataclasses.replace(CONFIG, steps=4), []
+                              replace(SMALL, steps=4), tmp_path / "whole"))
+    recipe, calls = replace(SMALL, steps=4), []
     real = rarl.training_exams
 
     def killed(self, prompts, trainer):
@@ -119,49 +118,48 @@ def test_F3_a_continued_trl_run_equals_an_unbroken_one(tokenizer, tmp_path, monk
     rollouts = ExamRollouts.__call__
     monkeypatch.setattr(ExamRollouts, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(POCKET, tokenizer, tiny(tokenizer), config, OPTIONS, tmp_path / "killed")
+        train(POCKET, tokenizer, tiny(tokenizer), recipe, tmp_path / "killed")
     assert newest_complete(tmp_path / "killed", "checkpoint-").name == "checkpoint-2"
     monkeypatch.setattr(ExamRollouts, "__call__", rollouts)
-    again = train(POCKET, tokenizer, tiny(tokenizer), config, OPTIONS, tmp_path / "killed")
+    again = train(POCKET, tokenizer, tiny(tokenizer), recipe, tmp_path / "killed")
     assert fingerprint(again) == whole and real is rarl.training_exams
     assert len((tmp_path / "killed" / "log.csv").read_text().splitlines()) == 5
     with pytest.raises(ValueError, match="another recipe"):
-        train(POCKET, tokenizer, tiny(tokenizer), CONFIG, OPTIONS, tmp_path / "killed")
+        train(POCKET, tokenizer, tiny(tokenizer), SMALL, tmp_path / "killed")
 
 
 def test_settings_that_hurt_by_default_are_set(tmp_path):
-    config = grpo_config(PAPER, rarl.RARLConfig(), OPTIONS, tmp_path)
-    assert (config.loss_type, config.scale_rewards, config.beta) == ("dr_grpo", "none", 0.0)
-    assert config.num_iterations == 1 and not config.mask_truncated_completions
-    assert (config.top_p, config.top_k, config.max_completion_length) == (1.0, 0, 1024)
-    assert not config.bf16 and not config.gradient_checkpointing and not config.shuffle_dataset
-    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 256
-    assert config.steps_per_generation == config.gradient_accumulation_steps
-    with_vllm = grpo_config(PAPER, rarl.RARLConfig(), dataclasses.replace(OPTIONS, vllm="colocate"),
-                            tmp_path)
-    assert with_vllm.use_vllm
+    recipe = grpo_config(replace(PAPER.rarl, trl=TRL), tmp_path)
+    assert (recipe.loss_type, recipe.scale_rewards, recipe.beta) == ("dr_grpo", "none", 0.0)
+    assert recipe.num_iterations == 1 and not recipe.mask_truncated_completions
+    assert (recipe.top_p, recipe.top_k, recipe.max_completion_length) == (1.0, 0, 1024)
+    assert not recipe.bf16 and not recipe.gradient_checkpointing and not recipe.shuffle_dataset
+    assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 256
+    assert recipe.steps_per_generation == recipe.gradient_accumulation_steps
+    with_vllm = grpo_config(replace(PAPER.rarl, trl=TRL), tmp_path, "colocate")
+    assert with_vllm.use_vllm and with_vllm.vllm_mode == "colocate"
     assert with_vllm.vllm_importance_sampling_mode == "token_truncate"
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="do not divide among 1 processes at 7 rows"):
-        grpo_config(POCKET, CONFIG, dataclasses.replace(OPTIONS, rows_at_once=7), tmp_path)
+        grpo_config(replace(SMALL, trl=replace(TRL, rows_at_once=7)), tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="among 3 processes"):
-        grpo_config(POCKET, CONFIG, OPTIONS, tmp_path)
-    with pytest.raises(ValueError, match="vllm must be"):
-        TRLOptions(vllm="both")
+        grpo_config(SMALL, tmp_path)
+    with pytest.raises(ValueError, match="unknown engine 'both'; choose from torch, colocate"):
+        grpo_config(SMALL, tmp_path, "both")
 
 
 def test_the_dataset_is_the_exams_of_our_own_trainer():
-    prompts = exam_dataset(POCKET, CONFIG)["prompt"]
-    exams, budget = training_exams(POCKET, CONFIG, 3)
+    prompts = exam_dataset(POCKET, SMALL)["prompt"]
+    exams, budget = training_exams(POCKET, SMALL, 3)
     assert prompts[6:8] == [exam_prompt(POCKET, e, budget, "roi") for e in exams]
 
 
 def test_prompts_of_another_step_are_refused(tokenizer, tmp_path):
-    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer), CONFIG, OPTIONS, tmp_path)
-    prompts = exam_dataset(POCKET, CONFIG)["prompt"]
+    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer), SMALL, tmp_path)
+    prompts = exam_dataset(POCKET, SMALL)["prompt"]
     with pytest.raises(ValueError, match="the prompts of step 0 are not its exams, 4 times each"):
         trainer.rollout_func([p for p in prompts[2:4] for _ in range(4)], trainer)
 
@@ -169,8 +167,8 @@ def test_prompts_of_another_step_are_refused(tokenizer, tmp_path):
 def test_F22_failed_rollouts_reach_trl_as_unscored(tokenizer, tmp_path, monkeypatch):
     nothing = float("nan")
     monkeypatch.setattr(rarl, "group_rewards", lambda *a: [nothing, 1.0, 2.0, 3.0])
-    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer), CONFIG, OPTIONS, tmp_path)
-    prompts = exam_dataset(POCKET, CONFIG)["prompt"]
+    trainer = make_trainer(POCKET, tokenizer, tiny(tokenizer), SMALL, tmp_path)
+    prompts = exam_dataset(POCKET, SMALL)["prompt"]
     out = trainer.rollout_func([p for p in prompts[:2] for _ in range(4)], trainer)
     assert exam_reward(out["reward"]) == [None, 1.0, 2.0, 3.0] * 2
     assert all(out["completion_ids"]) and out["logprobs"] is None
@@ -195,38 +193,19 @@ def test_vllm_of_the_trainer_is_cut_at_the_budget(tokenizer):
     assert generator.logprobs == [[-0.5] * 3, [-0.5] * 2]
 
 
-def test_real_exams_train_a_tiny_model(real_data, tokenizer, tmp_path):
-    """The paper world's own problems, prompts and grader, with a model of no ability."""
-    from roi_lib.checkpoints import load_tokenizer
-    from roi_lib.pretrain import new_model
-    from roi_lib.sources import load_source
-
-    pool = [p for tier, names in PAPER.families.items() for name in names
-            for p in load_source(name, tier, "train", real_data)[0][:20]]
-    words = load_tokenizer(PAPER.tokenizer)
-    config = dataclasses.replace(CONFIG, steps=1, budgets=(40,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = new_model(words, TINY)
-        before = fingerprint(model)
-        model = train(PAPER, words, model, config, OPTIONS, tmp_path, pool)
-    assert fingerprint(model) != before
-    assert len((tmp_path / "log.csv").read_text().splitlines()) == 2
-
-
 def test_the_benchmark_measures_all_three(tokenizer, tmp_path, monkeypatch):
     tiny(tokenizer).save_pretrained(tmp_path)
-    config = dataclasses.replace(CONFIG, steps=2, budgets=(16,))
+    recipe = replace(SMALL, steps=2, budgets=(16,))
     monkeypatch.setattr(bench_rarl, "group_rewards", spread)
-    result = bench_rarl.bench(1, config, str(tmp_path))
+    result = bench_rarl.bench(1, recipe, str(tmp_path))
     assert set(result["seconds_per_step"]) == {"trl", "trl_with_our_rollouts", "ours"}
     assert min(result["seconds_per_step"].values()) > 0 < result["ratio"]
 
 
 def test_the_benchmark_gives_trl_the_same_prompts(tokenizer, tmp_path):
-    exams, budget = training_exams(POCKET, CONFIG, 0)
+    exams, budget = training_exams(POCKET, SMALL, 0)
     texts = [bench_rarl.prompt_text(POCKET, tokenizer, e, budget) for e in exams]
     trainer = bench_rarl.trl_with_its_own_generation(
-        POCKET, tokenizer, tiny(tokenizer), dataclasses.replace(CONFIG, steps=1), tmp_path)
+        POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=1), tmp_path)
     ids, *_ = trainer._tokenize_prompts(texts)
     assert ids == [encode_prompt(tokenizer, exam_prompt(POCKET, e, budget, "roi")) for e in exams]
