@@ -54,6 +54,36 @@ def run(
     Args:
         checkpoint: the model to start from; the world's MFT model.
         n_papers: unseen papers behind the card, sat in every order under every budget.
+        engine, vllm_url, root: see `train_model`.
+
+    Raises:
+        ValueError: see `train_model`.
+    """
+    checkpoint = checkpoint or world.method("mft").checkpoint
+    model = train_model(world, checkpoint, recipe, work, engine, vllm_url, root)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
+    papers = draw_papers(world, n_papers, seed=PAPERS_SEED, root=root)
+    start = load_model(checkpoint, "float32").to(model.device)
+    records = [record for name, policy in (("start", start), ("rarl", model))
+               for record in measure(world, tokenizer, policy, papers, name, work / "exams")]
+    publish(world, model, out, recipe, work / "log.csv", checkpoint, records)
+
+
+def train_model(
+    world: World,
+    checkpoint: str,
+    recipe: RARLRecipe,
+    work: Path,
+    engine: str = "torch",
+    vllm_url: str | None = None,
+    root: Path | None = None,
+):
+    """Train a checkpoint with the trainer that the recipe names; returns the model.
+
+    Args:
+        work: see `rarl_loop.train`; a run found there goes on.
         engine, vllm_url: who samples the rollouts (see `rarl_trl.train`).
         root: local folder of the datasets.
 
@@ -61,26 +91,18 @@ def run(
         ValueError: `work` holds another run, or another process is at it; an engine that this
             recipe's trainer does not have.
         CheckpointError: there is no such checkpoint.
+        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
     """
-    checkpoint = checkpoint or world.method("mft").checkpoint
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, which the recipe of world "
                          f"{world.name} does not use; leave --engine out")
     tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
     model, pool = load_model(checkpoint, "float32"), problem_pool(world, root)
     if recipe.trl is None:
-        model = train(world, tokenizer, model, recipe, work, pool)
-    else:
-        from roi_lib import rarl_trl  # takes seconds, and only large models need it
+        return train(world, tokenizer, model, recipe, work, pool)
+    from roi_lib import rarl_trl  # takes seconds, and only large models need it
 
-        model = rarl_trl.train(world, tokenizer, model, recipe, work, pool, engine, vllm_url)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    papers = draw_papers(world, n_papers, seed=PAPERS_SEED, root=root)
-    start = load_model(checkpoint, "float32").to(model.device)
-    records = [record for name, policy in (("start", start), ("rarl", model))
-               for record in measure(world, tokenizer, policy, papers, name, work / "exams")]
-    publish(world, model, out, recipe, work / "log.csv", checkpoint, records)
+    return rarl_trl.train(world, tokenizer, model, recipe, work, pool, engine, vllm_url)
 
 
 def measure(
