@@ -467,11 +467,7 @@ def simulate(instance, policy, runs=10_000, seed=0, draws=None):
     action, before = (np.empty((len(row), len(instance)), dtype=np.int64) for _ in range(2))
     for i, actions in enumerate(instance.classes):
         before[:, i], action[:, i] = left, policy[i, left]
-        outcome = draws[i][row, action[:, i]]
-        cost, reward = np.empty_like(left), np.empty_like(score)
-        for k, a in enumerate(actions):
-            here = action[:, i] == k
-            cost[here], reward[here] = a.cost[outcome[here]], a.reward[outcome[here]]
+        cost, reward = (table[row, action[:, i]] for table in realize(actions, draws[i]))
         score += np.where(cost <= left, reward, 0.0)
         left = np.maximum(left - cost, 0)
     return Runs(score, instance.budget - left, action, before)
@@ -646,12 +642,15 @@ def offline_value(costs, rewards, budget):
     """
     best = np.zeros(budget + 1)
     for cost, reward in zip(costs[:0:-1], rewards[:0:-1], strict=True):  # last to second
-        future, best = best, np.full(budget + 1, best[0])
-        top = -1.0
-        for c, r in sorted(zip(cost, reward, strict=True), key=lambda action: action[0]):
-            if r > top and c <= budget:
+        future, best, top = best, np.full(budget + 1, best[0]), -1.0
+        for c, r in sorted(zip(cost, reward, strict=True)):
+            if c <= budget and r > top:
+                after, now = future[: budget + 1 - c], best[c:]
+                if top < 0:  # the cheapest action that fits: nothing to compare it with
+                    np.add(after, r, out=now)
+                else:
+                    np.maximum(now, after + r, out=now)
                 top = r
-                np.maximum(best[c:], future[: budget + 1 - c] + r, out=best[c:])
     first = zip(costs[0], rewards[0], strict=True)  # met with the whole budget only
     return float(max(r + best[budget - c] if c <= budget else best[0] for c, r in first))
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roi_lib import osmckp
+from roi_lib.__main__ import main
 from roi_lib.bench_osmckp import bench, milp_value, random_instance
 from roi_lib.osmckp import SKIP, Action, Instance
 
@@ -410,6 +412,28 @@ def test_bad_documents(case):
     change(doc)
     with pytest.raises(ValueError, match=message):
         osmckp.solve_document(doc)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "is not JSON"), (b'{"budget": 9', "is not JSON"), (b"\xff\xfe", "is not JSON"),
+    (b"[" * 100_000, "is not JSON"), (b'{"budget": ' + b"9" * 5_000 + b"}", "is not JSON"),
+    (b"[]", "need a JSON object"), (b"{}", "field budget: missing"),
+    (b'{"budget": 1e400, "classes": []}', "field classes: empty|field budget"),
+])  # fmt: skip
+def test_command_line_refuses_bad_files_in_one_sentence(tmp_path, capsys, content, message):
+    path = tmp_path / "exam.json"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["osmckp", str(path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+
+
+def test_command_line_prints_what_solve_document_returns(tmp_path, capsys):
+    path = tmp_path / "exam.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(document()).encode())  # as Windows writes it
+    main(["osmckp", str(path)])
+    assert json.loads(capsys.readouterr().out) == osmckp.solve_document(document())
 
 
 @pytest.mark.parametrize("doc", [None, [], 3, "exam"])
