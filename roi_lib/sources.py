@@ -1,7 +1,7 @@
 """Sources: where a world's problems come from, generated families and real datasets alike.
 
-The paper's datasets are read with `datasets.load_dataset`, by hub id or from a local root that
-holds folders of the same ids. None of their text is kept in this repository.
+The paper's datasets are read with `datasets.load_dataset`, by hub id at a pinned commit or from a
+local root that holds folders of the same ids. None of their text is kept in this repository.
 
 Rows that cannot be graded are left out and counted, never mended. Training problems that a test
 problem of the same source repeats, or nearly repeats, are left out of training (`find_overlaps`).
@@ -35,18 +35,19 @@ class Dataset:
 
     Attributes:
         id: hub id, and the folder's name below a local root.
+        revision: the commit on the hub. A local root has no revisions.
         configs: configurations to join (None: the default one).
         split: the hub's split.
+        rows: how many there are at that commit, in all configurations.
         read: row -> (statement, gold answer, worked solution).
-        revision: commit, tag or branch on the hub. "main" moves: for results to be compared,
-            put a commit's full hash here. A local root has no revisions.
     """
 
     id: str
+    revision: str
     configs: tuple[str | None, ...]
     split: str
+    rows: int
     read: Callable[[Mapping], tuple[str, str, str]]
-    revision: str = "main"
 
 
 def read_gsm8k(row: Mapping) -> tuple[str, str, str]:
@@ -80,13 +81,18 @@ def read_answer(row: Mapping) -> tuple[str, str, str]:
 
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
             "number_theory", "prealgebra", "precalculus")
+GSM8K = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", ("main",)
+MATH = "EleutherAI/hendrycks_math", "21a5633873b6a120296cce3e2df9d5550074f4a3", SUBJECTS
+MATH_500 = "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", (None,)
+AIME = "AI-MO/aimo-validation-aime", "13f9e12f613e720c2a2b2f345dd04b998a29494d", (None,)
+AIME_25 = "math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", (None,)
 DATASETS: dict[tuple[str, str], Dataset] = {
-    ("gsm8k", "train"): Dataset("openai/gsm8k", ("main",), "train", read_gsm8k),
-    ("gsm8k", "test"): Dataset("openai/gsm8k", ("main",), "test", read_gsm8k),
-    ("math", "train"): Dataset("EleutherAI/hendrycks_math", SUBJECTS, "train", read_math),
-    ("math", "test"): Dataset("HuggingFaceH4/MATH-500", (None,), "test", read_answer),
-    ("aime", "train"): Dataset("AI-MO/aimo-validation-aime", (None,), "train", read_answer),
-    ("aime", "test"): Dataset("math-ai/aime25", (None,), "test", read_answer),
+    ("gsm8k", "train"): Dataset(*GSM8K, "train", 7_473, read_gsm8k),
+    ("gsm8k", "test"): Dataset(*GSM8K, "test", 1_319, read_gsm8k),
+    ("math", "train"): Dataset(*MATH, "train", 7_500, read_math),
+    ("math", "test"): Dataset(*MATH_500, "test", 500, read_answer),
+    ("aime", "train"): Dataset(*AIME, "train", 90, read_answer),
+    ("aime", "test"): Dataset(*AIME_25, "test", 30, read_answer),
 }
 
 
@@ -132,23 +138,36 @@ def load_source(
 ) -> tuple[list[Problem], dict[str, str]]:
     """All problems of one real source, and its rows that were left out: id -> reason.
 
+    A local copy with more or fewer rows than the hub's is read, but this is logged.
+
     Args:
         root: a local folder that holds the dataset under its hub id; None reads the hub.
 
     Raises:
         FileNotFoundError: the local folder is not there, or the hub cannot be reached.
-        ValueError: no such source.
+        ValueError: no such source, a column that is missing, or a number of rows that is not the
+            hub's.
     """
     if (family, split) not in DATASETS:
         raise ValueError(f"there is no {split} split of {family!r}")
     source, problems, left_out = DATASETS[family, split], [], {}
     for name, row in read_rows(source, root):
-        text, answer, solution = source.read(row)
+        row = {column: "" if value is None else value for column, value in row.items()}
+        try:
+            text, answer, solution = source.read(row)
+        except KeyError as error:
+            raise ValueError(f"{name} has no column {error}, but {', '.join(row)}") from error
         reason = KNOWN_FLAWS.get(name) or flaw(text, answer)
         if reason:
             left_out[name] = reason
         else:
             problems.append(Problem(name, text, answer, solution, tier, family))
+    found = len(problems) + len(left_out)
+    if found != source.rows:
+        message = f"{source.id}, {source.split}: {found} rows, but {source.rows} are published"
+        if root is None:
+            raise ValueError(f"{message} at {source.revision}")
+        log.warning("%s; results on this copy in %s cannot be compared", message, root)
     return problems, left_out
 
 

@@ -1,8 +1,10 @@
 """Sources and manifests: loaders, flawed rows, overlaps, user files."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import product
 from time import perf_counter
 
 import pytest
@@ -12,6 +14,7 @@ from roi_lib.exams import draw_papers
 from roi_lib.manifests import make_manifest, read_manifest, restore_papers
 from roi_lib.problems import Problem
 from roi_lib.sources import (
+    DATASETS,
     boxes,
     find_overlaps,
     flaw,
@@ -49,6 +52,68 @@ def test_F28_train_and_test_never_meet(real_data, caplog):
     train = load_problems("math", "medium", "train", real_data)
     assert len(train) == len(everything) - 3 and not find_overlaps(train, test)
     assert "math, train split: 4 rows are left out" in caplog.text
+
+
+def test_F28_no_source_holds_a_test_problem_of_another(real_data):
+    loaded = {key: load_source(key[0], "easy", key[1], real_data)[0] for key in DATASETS}
+    for (train, own), (test, other) in product(DATASETS, DATASETS):
+        if (own, other) == ("train", "test") and train != test:
+            assert not find_overlaps(loaded[train, own], loaded[test, other])
+
+
+@pytest.mark.parametrize("key", DATASETS)
+def test_the_hub_is_read_at_a_pinned_commit(monkeypatch, key):
+    asked = []
+
+    def load_dataset(name, config, split, revision):
+        asked.append((name, config, split, revision))
+        return [row] * (source.rows if len(asked) == 1 else 0)
+
+    row = {"question": "?", "problem": "?", "answer": "#### 7", "solution": "\\boxed{7}"}
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = DATASETS[key]
+    problems, left_out = load_source(key[0], "easy", key[1], None)
+    assert len(problems) + len(left_out) == source.rows
+    assert asked == [(source.id, config, source.split, source.revision)
+                     for config in source.configs]
+    assert re.fullmatch("[0-9a-f]{40}", source.revision), "a branch moves, a commit does not"
+    monkeypatch.setitem(DATASETS, key, replace(source, rows=source.rows + 1))
+    asked.clear()
+    with pytest.raises(ValueError, match=f"{source.id}, .* are published at {source.revision}"):
+        load_source(key[0], "easy", key[1], None)
+
+
+def aime_folder(root, rows):
+    folder = root / "math-ai" / "aime25"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_a_local_copy_of_another_size_is_read_and_reported(tmp_path, caplog):
+    rows = [{"problem": f"{i} + 0?", "answer": i} for i in range(3)]
+    problems, left_out = load_source("aime", "hard", "test", aime_folder(tmp_path, rows))
+    assert [p.answer for p in problems] == ["0", "1", "2"] and not left_out
+    assert "3 rows, but 30 are published" in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_F21_a_missing_gold_is_left_out_and_a_missing_column_named(tmp_path):
+    rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "2 + 1?", "answer": None}]
+    problems, left_out = load_source("aime", "hard", "test", aime_folder(tmp_path / "a", rows))
+    assert len(problems) == 1
+    assert left_out == {"math-ai/aime25/test/1": "there is no single gold answer"}
+    rows = [{"problem": "1 + 1?", "result": "2"}]
+    with pytest.raises(ValueError, match="aime25/test/0 has no column 'answer', but .*result"):
+        load_source("aime", "hard", "test", aime_folder(tmp_path / "b", rows))
+
+
+def test_F29_an_unreachable_hub_names_the_option(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match="openai/gsm8k from the hub; .* --data"):
+        load_source("gsm8k", "easy", "test", None)
 
 
 def test_a_source_is_read_once(real_data, monkeypatch):
