@@ -1,9 +1,11 @@
 """Manifests: a set of papers as a small JSON file, so that others can sit the very same papers.
 
 A manifest holds ids and seeds, never the text of a problem. Generated problems are drawn again
-from the seed; real ones are looked up in their datasets. Either way each id must be there.
+from the seed; real ones are looked up in their datasets. Either way each id must be there, and
+the statements must be the same: a copy of a dataset may number its rows otherwise.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,6 +29,7 @@ class Manifest:
         orders: the orders in which they are sat.
         tiers: the tier of each problem, the same for every paper.
         papers: ids of the problems of each paper.
+        fingerprint: of the statements, see `fingerprint`.
     """
 
     world: str
@@ -35,6 +38,13 @@ class Manifest:
     orders: list[str]
     tiers: list[str]
     papers: list[list[str]]
+    fingerprint: str
+
+
+def fingerprint(papers: Sequence[Sequence[Problem]]) -> str:
+    """16 hexadecimal digits of the hash of all statements, white space folded as in prompts."""
+    lines = "\n".join(" ".join(p.text.split()) for paper in papers for p in paper)
+    return hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def make_manifest(
@@ -53,7 +63,7 @@ def make_manifest(
     if len(mixes) != 1:
         raise ValueError(f"the papers of a manifest share one mix of tiers; here are {len(mixes)}")
     return Manifest(world.name, split, seed, list(orders), list(mixes.pop()),
-                    [[p.id for p in paper] for paper in papers])
+                    [[p.id for p in paper] for paper in papers], fingerprint(papers))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -76,6 +86,8 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"{path}: {name} must be a list of {', '.join(known)}")
     if content["split"] not in SPLITS or type(content["seed"]) is not int:
         raise ValueError(f"{path}: split must be train or test, and seed a whole number")
+    if not isinstance(content["fingerprint"], str):
+        raise ValueError(f"{path}: fingerprint must be a text")
     check_papers(path, content["papers"], len(content["tiers"]))
     return Manifest(**content)
 
@@ -100,7 +112,8 @@ def restore_papers(
         problems: the pool of your own that the papers were drawn from.
 
     Raises:
-        ValueError: an id is not to be found; the message names the first and counts them.
+        ValueError: an id is not to be found (the message names the first and counts them), or
+            the statements are others.
     """
     world = get_world(manifest.world)
     tiers = dict.fromkeys(manifest.tiers)
@@ -116,4 +129,8 @@ def restore_papers(
     if missing:
         raise ValueError(f"{len(missing)} problems of the manifest are not to be found, first "
                          f"{missing[0]}; it was made from other data or another version")
-    return [tuple(known[name] for name in paper) for paper in manifest.papers]
+    papers = [tuple(known[name] for name in paper) for paper in manifest.papers]
+    if fingerprint(papers) != manifest.fingerprint:
+        raise ValueError("the manifest's ids name other statements here; "
+                         "it was made from another copy of the data")
+    return papers

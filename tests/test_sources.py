@@ -209,6 +209,20 @@ def test_manifest_of_real_papers(real_data):
         restore_papers(lost, real_data)
 
 
+def test_ids_that_name_other_statements_are_refused(tmp_path):
+    """As when two local copies of a dataset are numbered otherwise."""
+    rows = [{"problem": f"{i} + 1?", "answer": str(i + 1), "tier": "easy"} for i in range(4)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    own = load_jsonl(path)
+    papers = draw_papers(POCKET, 2, tiers=["easy", "easy"], problems=own)
+    manifest = make_manifest(POCKET, papers, "test", 0)
+    assert restore_papers(manifest, problems=own) == papers
+    path.write_text("\n".join(map(json.dumps, rows[::-1])))
+    with pytest.raises(ValueError, match="other statements here"):
+        restore_papers(manifest, problems=load_jsonl(path))
+
+
 def test_manifest_of_another_seed_is_refused():
     manifest = make_manifest(POCKET, draw_papers(POCKET, 3), "test", 0)
     with pytest.raises(ValueError, match="not to be found, first pocket/"):
@@ -220,7 +234,7 @@ def test_manifest_of_another_seed_is_refused():
     ({"seed": "0"}, "split must be"), ({"orders": ["odd"]}, "orders must be"),
     ({"tiers": []}, "tiers must be"), ({"papers": []}, "papers must be"),
     ({"papers": [["a", "a", "b"]]}, "paper 0 must hold 3"), ({"papers": [3]}, "paper 0"),
-    ({"text": "x"}, "has the fields"),
+    ({"text": "x"}, "has the fields"), ({"fingerprint": 3}, "fingerprint must be"),
 ])  # fmt: skip
 def test_bad_manifests_are_refused(tmp_path, change, message):
     path = tmp_path / "papers.json"
