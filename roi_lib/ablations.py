@@ -63,7 +63,7 @@ ABLATIONS = {
 
 COLUMNS = ("variant", "budget", "order", "score", "score_low", "score_high", "regret",
            "regret_low", "regret_high", "skip_easy", "skip_medium", "skip_hard",
-           "level_accuracy", "tokens", "exams", "steps", "seed", "diagnosis")
+           "level_accuracy_uncut", "tokens", "exams", "steps", "seed", "diagnosis")
 
 
 def run_one(
@@ -105,7 +105,7 @@ def as_row(record: dict, name: str) -> dict:
         "score_high": rounded(record["score_ci"][1]), "regret": rounded(record["regret"]),
         "regret_low": rounded(low), "regret_high": rounded(high),
         **{f"skip_{tier}": rounded(share) for tier, share in record["skip_by_tier"].items()},
-        "level_accuracy": rounded(record["level_accuracy"]),
+        "level_accuracy_uncut": rounded(record["level_accuracy_uncut"]),
         "tokens": rounded(record["mean_tokens"]), "exams": record["n_exams"]}
 
 

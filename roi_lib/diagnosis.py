@@ -127,7 +127,8 @@ def level_never_right(c: Curves) -> Finding | None:
     """The reward asks for the level, too, and there is none or it is wrong."""
     accuracy = c.last("level_accuracy")
     if not accuracy >= LEVEL_NEVER:  # NaN: not one tag
-        shown = "no level tag at all" if math.isnan(accuracy) else f"level_accuracy {accuracy:.2f}"
+        shown = ("no answer with a level tag" if math.isnan(accuracy)
+                 else f"level_accuracy {accuracy:.2f}")
         return Finding(
             "level never right", f"{shown}, with score {c.last('score'):.2f} and reward "
             f"{c.last('reward'):.2f}",

@@ -97,9 +97,13 @@ def mark(
 
 def roll_out(
     world: World, tokenizer, generator: BudgetedGenerator, exams: Sequence[Exam], budget: int,
-    recipe: RARLRecipe, step: int,
+    recipe: RARLRecipe, step: int, numbers: Sequence[int] | None = None,
 ) -> list[Group]:
     """Sit every exam `recipe.rollouts` times under `budget` tokens; one group an exam.
+
+    Args:
+        numbers: which of the step's exams these are, where they are not all of them: the random
+            numbers of an exam follow from it.
 
     Raises:
         ValueError: a budget smaller than a header with a tag.
@@ -109,7 +113,7 @@ def roll_out(
     messages = [exam_prompt(world, exam, budget, STYLE) for exam in exams]
     requests = [Request(tuple(encode_prompt(tokenizer, message)), budget,
                         (step_seed(recipe, step), i), recipe.rollouts, message)
-                for i, message in enumerate(messages)]
+                for i, message in zip(numbers or range(len(exams)), messages, strict=True)]
     try:
         responses = generator.generate(requests, recipe.temperature)
     except FloatingPointError as error:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from roi_lib.checkpoints import load_training_state, newest_complete, save_step, write_folder
-from roi_lib.evaluation import segment_table
+from roi_lib.evaluation import Sitting, segment_table
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.rarl import Group, completion_logprobs, pad_right, train_step
@@ -37,7 +37,8 @@ COLUMNS = {
     "skip_easy": "share of the easy problems skipped",
     "skip_medium": "share of the medium problems skipped",
     "skip_hard": "share of the hard problems skipped",
-    "level_accuracy": "share of the tags that name the level of the real cost",
+    "level_accuracy": "share of the tags, of problems that the budget did not cut, that name the "
+    "level of the real cost",
     "accuracy": "share of the answers given that are right",
     "tokens": "mean tokens spent on an exam",
     "cut": "share of responses that the budget ended",
@@ -56,6 +57,16 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def level_hits(world: World, sittings: Sequence[Sitting]) -> list[bool]:
+    """Whether each tag names the level of the real cost; a skip is Level-3 by definition.
+
+    A problem that the budget cut has no real cost, and is left out.
+    """
+    return [segment.level == (world.skip_level if segment.skipped else world.level_of(segment.cost))
+            for s in sittings for segment in s.response.segments
+            if segment.level is not None and segment.answer is not None]
+
+
 def describe(world: World, groups: Sequence[Group]) -> dict[str, float]:
     """The columns of the log that rollouts alone decide; NaN where there is nothing to count.
 
@@ -66,12 +77,11 @@ def describe(world: World, groups: Sequence[Group]) -> dict[str, float]:
     answered = [correct for s in sittings
                 for segment, correct in zip(s.response.segments, s.correct, strict=True)
                 if segment.answer is not None and not segment.skipped]
-    tagged = table["predicted"] >= 0
     return {
         "reward": mean(r for group in groups for r in group.rewards if not math.isnan(r)),
         "score": mean(sum(s.correct) for s in sittings),
         **{f"skip_{tier}": mean(table["skipped"][table["tier"] == tier]) for tier in TIERS},
-        "level_accuracy": mean((table["predicted"] == table["real"])[tagged]),
+        "level_accuracy": mean(level_hits(world, sittings)),
         "accuracy": mean(answered),
         "tokens": mean(s.response.total for s in sittings),
         "cut": mean(not s.finished for s in sittings),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from roi_lib.checkpoints import load_model, load_tokenizer
@@ -16,7 +17,7 @@ from roi_lib.exams import Exam, draw_papers, order_problems
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import FAMILIES, Problem
 from roi_lib.rarl import STYLE
-from roi_lib.rarl_loop import fingerprint, train
+from roi_lib.rarl_loop import fingerprint, level_hits, train
 from roi_lib.runlog import LoggedGenerator, RunLog
 from roi_lib.sources import load_problems
 from roi_lib.training import write_checkpoint
@@ -116,8 +117,9 @@ def measure(
 ) -> list[dict]:
     """Score and Regret of a tagged model, one record an order and budget.
 
-    The records are those of `exam` with as many papers and this seed, and hold the share of skips
-    by tier. The responses are logged as `logs/NAME.jsonl`, so that a measurement can go on.
+    The records are those of `exam` with as many papers and this seed, and hold two more of the
+    training log's columns: `skip_by_tier`, and `level_accuracy_uncut` (None: no tag at all). The
+    responses are logged as `logs/NAME.jsonl`, so that a measurement can go on.
     """
     if world.dtype != "auto":  # the arithmetic of `exam`
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
@@ -134,10 +136,12 @@ def measure(
         for order in ORDERS:
             table = segment_table(world, sat[order])
             skips = {tier: float(table["skipped"][table["tier"] == tier].mean()) for tier in TIERS}
+            hits = level_hits(world, sat[order])
             records.append({"method": name, "order": order, "budget": budget,
                             "n_exams": len(papers), "seed": seed}
                            | summarize(world, sat[order], sat["easy"], seed)
-                           | {"skip_by_tier": skips})
+                           | {"skip_by_tier": skips,
+                              "level_accuracy_uncut": float(np.mean(hits)) if hits else None})
     return records
 
 

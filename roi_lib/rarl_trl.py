@@ -139,16 +139,17 @@ class ExamRollouts:
         """
         step, n = trainer.state.global_step, self.recipe.rollouts
         exams, budget = training_exams(self.world, self.recipe, step, self.pool)
-        by_message = {exam_prompt(self.world, e, budget, STYLE): e for e in exams}
+        places = {exam_prompt(self.world, e, budget, STYLE): i for i, e in enumerate(exams)}
         own = prompts[::n]
-        if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(by_message):
+        if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(places):
             raise ValueError(f"the prompts of step {step} are not its exams, {n} times each; give "
                              "the trainer `exam_dataset` of the same recipe, not shuffled")
         model = trainer.accelerator.unwrap_model(trainer.model)
         generator = self._generator(trainer, model)
         model.eval()
-        groups = roll_out(self.world, self.tokenizer, generator, [by_message[m] for m in own],
-                          budget, self.recipe, step)
+        numbers = [places[message] for message in own]
+        groups = roll_out(self.world, self.tokenizer, generator, [exams[i] for i in numbers],
+                          budget, self.recipe, step, numbers)
         model.train()
         self.row = {"budget": budget, **describe(self.world, groups)}
         end = [self.tokenizer.eos_token_id]  # TRL takes no empty response: for failed rollouts

@@ -33,7 +33,7 @@ from roi_lib.rarl import (
     train_step,
     training_exams,
 )
-from roi_lib.rarl_loop import COLUMNS, describe, fingerprint, logprob_gap, train
+from roi_lib.rarl_loop import COLUMNS, describe, fingerprint, level_hits, logprob_gap, train
 from roi_lib.tokenizer import build_tokenizer
 from roi_lib.training import folder_lock
 from roi_lib.worlds import POCKET
@@ -169,6 +169,15 @@ def test_F25_hacks_earn_no_more_than_they_solve(tokenizer, exam):
     row = describe(POCKET, [Group((1,), sittings[:1], (0.0,))])
     assert row["skip_easy"] == row["skip_hard"] == 1 and row["level_accuracy"] == 1
     assert row["accuracy"] != row["accuracy"]  # no answer was given: nothing to count
+
+
+def test_level_accuracy_leaves_out_what_the_budget_cut(tokenizer, exam):
+    whole, = sat(tokenizer, exam, honest(tokenizer, exam))
+    cut, = sat(tokenizer, exam, honest(tokenizer, exam), budget=len(whole.ids) - 8)
+    assert level_hits(POCKET, [whole]) == [True] * 3
+    assert level_hits(POCKET, [cut]) == [True] * 2 and not cut.correct[2]
+    row = describe(POCKET, [Group((1,), (whole, cut), (3.0, 2.0))])
+    assert row["level_accuracy"] == 1
 
 
 # --- advantages and loss on hand-made numbers --------------------------------------------------
@@ -369,7 +378,13 @@ def test_a_budget_too_small_for_a_tag_is_refused(tokenizer):
 # --- runs that are killed, and folders ---------------------------------------------------------
 
 
+def stamp(path):
+    """When a file was written last; None: there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def test_F1_F3_a_killed_run_ends_with_the_weights_of_the_unkilled(unkilled, tmp_path):
+    """kill -9 at random moments of the training, saving included; KILLS=10 for more of them."""
     reference, weights = unkilled
     moments = random.Random()
     seed = moments.randrange(10**6)
@@ -378,17 +393,20 @@ def test_F1_F3_a_killed_run_ends_with_the_weights_of_the_unkilled(unkilled, tmp_
     # sums are rounded alike only with as many threads
     environment = os.environ | {"PYTHONPATH": str(ROOT),
                                 "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for _ in range(2):
+    begin = time.monotonic()
+    run(tmp_path / "timed")
+    whole, log, ends = time.monotonic() - begin, tmp_path / "log.csv", []
+    for _ in range(int(os.environ.get("KILLS", "2"))):
+        before = stamp(log)
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)],
                                    cwd=Path(__file__).parent, env=environment,
                                    stdout=subprocess.DEVNULL)
-        log, wanted = tmp_path / "log.csv", moments.randrange(1, 6)
-        while process.poll() is None and (
-                not log.exists() or len(log.read_text().splitlines()) <= wanted):
-            time.sleep(0.005)
-        time.sleep(moments.random() * 0.05)
+        while process.poll() is None and stamp(log) == before:
+            time.sleep(0.002)  # until it has begun, or goes on
+        time.sleep(moments.random() * whole)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        ends.append(process.wait())
+    assert -signal.SIGKILL in ends, f"every run was over before its kill (seed {seed})"
     assert run(tmp_path) == weights, f"kill moments of seed {seed}"
     rows = [[line.split(",")[:-1] for line in (work / "log.csv").read_text().splitlines()]
             for work in (reference, tmp_path)]  # all but the seconds
