@@ -97,11 +97,15 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
 
 
 def problem_block(world: World, problems: Sequence[Problem]) -> str:
-    """The statements under their headers, one line each (white space inside is folded)."""
-    return "\n".join(
+    """The statements under their headers, one line each.
+
+    White space inside is folded, and what no encoding knows (a lone surrogate) becomes `?`.
+    """
+    lines = "\n".join(
         f"{world.header.format(i=i)} {' '.join(p.text.split())}"
         for i, p in enumerate(problems, start=1)
     )
+    return lines.encode(errors="replace").decode()
 
 
 def exam_prompt(world: World, exam: Exam, budget: int, style: str = "direct") -> str:
