@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from roi_lib import grading
 from roi_lib.exams import Segment, read_segment
@@ -28,111 +29,120 @@ def box(answer):
     return f"So it is \\boxed{{{answer}}}."
 
 
-#: (response, gold, expected, why)
-TABLE = [
-    # F15: boxes
-    (r"\boxed{4} or \boxed{5}", "4", True, "the first box is the answer"),
-    (r"\boxed{4} or \boxed{5}", "5", False, "and the second is a second guess"),
-    (r"\boxed{5", "5", False, "never closed"),
-    (r"\boxed{}", "5", False, "empty"),
-    (r"\boxed{ } \boxed{5}", "5", False, "an empty first box is no licence for a second"),
-    (r"\boxed{\boxed{5}}", "5", True, "nested, one answer"),
-    (r"\boxed{NA} \boxed{5}", "5", False, "a skip is final"),
-    (r"\boxed{NA}", "NA", False, "a skip earns nothing, whatever the gold answer"),
-    ("The answer is 5.", "5", False, "no box"),
-    (r"$5$ \fbox{5}", "5", False, "another kind of box"),
-    (r"\boxed{4,5,6}", "5", False, "a list of guesses"),
-    # F16: the level's digit
-    (TAG.format(2), "2", False, "a tag is no answer"),
-    (TAG.format(2) + r" \boxed{3}", "2", False, "nor beside one"),
-    (rf"\boxed{{{TAG.format(2)}}}", "2", False, "nor in a box"),
-    # numbers
-    (box("12^2"), "144", False, "not worked out"),
-    (box(r"12 \cdot 12"), "144", False, "not worked out"),
-    (box(r"\sqrt{20736}"), "144", False, "not worked out"),
-    (box("12!"), "479001600", False, "not worked out"),
-    (box("143.9999999"), "144", False, "near is not equal"),
-    (box("144.000"), "144", True, "same number"),
-    (box("0144"), "144", True, "AIME's leading zero"),
-    (box("x = 144"), "144", True, "a name in front"),
-    (box(r"x \neq 144"), "144", False, "no equation"),
-    (box(r"144 \text{ or } 145"), "144", False, "two answers"),
-    (box("144 or 145"), "144", False, "two answers, in plain words"),
-    (box(r"144\text{ cm}^2"), "144", True, "units are left out"),
-    (box("144 inches"), "144", True, "units are left out"),
-    (box(r"144 \text{ million}"), "144", False, "no unit"),
-    (box(r"144 \text{ squared}"), "144", False, "no unit"),
-    (box("144 pi"), "144", False, "no unit"),
-    (box(r"144\pi"), "144", False, "another number"),
-    (box("-144"), "144", False, "sign"),
-    (box("\u2212144"), "-144", True, "a typeset minus"),
-    (box("\uff11\uff14\uff14"), "144", False, "full-width digits"),
-    (box("1,44"), "144", False, "no thousands"),
-    (box("1{,}440"), "1440", True, "thousands"),
-    (box("1.440"), "1440", False, "a point is a point"),
-    (box("1 2"), "12", False, "two numbers"),
-    (box(r"\$18.90"), r"\$18.90", True, "dollars"),
-    (box(r"90"), r"90^\circ", True, "degrees are a unit"),
-    (box("6/8"), r"\frac{3}{4}", True, "same number"),
-    (box("0.75"), r"\frac{3}{4}", True, "exact"),
-    (box("0.3333333"), r"\frac{1}{3}", False, "rounded"),
-    (box("9/5"), r"1\frac{4}{5}", True, "a mixed number"),
-    (box("1/0"), "1", False, "no number"),
-    (box("inf"), "1", False, "no number"),
-    # the known false credits
-    (box("52_7"), "52_8", False, "another base"),
-    (box("52_{8}"), "52_8", True, "the same base"),
-    (box("52"), "52_8", False, "without its base it is another number"),
-    (box("52_8"), "52", False, "and the other way round"),
-    (box(r"50\%"), "50", True, "per cent is a unit"),
-    (box(r"50\%"), "0.5", False, "never both"),
-    (box("0.5"), r"50\%", False, "never both"),
-    # words
-    (box("seat"), r"\text{east}", False, "another word"),
-    (box("East"), r"\text{east}", True, "small or capital"),
-    (box("C"), r"\text{(C)}", True, "parentheses of a choice"),
-    (box(r"\text{(C) or (D)}"), r"\text{(C)}", False, "two choices"),
-    # expressions
-    (box(r"\sqrt{8}/2"), r"\sqrt{2}", True, "equal expressions"),
-    (box("1.41421356237"), r"\sqrt{2}", False, "rounded"),
-    (box(r"\frac{141421356237}{100000000000}"), r"\sqrt{2}", False, "rounded in disguise"),
-    (box(r"\pm\sqrt{2}"), r"\sqrt{2}", False, "two answers"),
-    (box(r"3 = \sqrt{2}"), r"\sqrt{2}", False, "a false equation"),
-    (box(r"\frac{355}{113}"), r"\pi", False, "near is not equal"),
-    (box("288"), r"288\pi", False, "a factor short"),
-    (box("q - p"), "p - q", False, "sign"),
-    (box("ab + 2a + 5b + 10"), "(a+5)(b+2)", True, "expanded"),
-    (box("y^2 + 1"), "x^2 + 1", False, "another variable"),
-    (box(r"3 + \sqrt{2}"), r"3 \pm \sqrt{2}", False, "one of two"),
-    (box(r"3 + \sqrt{2}, 3 - \sqrt{2}"), r"3 \pm \sqrt{2}", True, "both"),
-    (box("-2, 1"), "1, -2", True, "roots in any order"),
-    (box("1"), "1, -2", False, "one of two"),
-    (box("1, -2, 3"), "1, -2", False, "one too many"),
-    (box("(2, 1)"), "(1, 2)", False, "a pair has an order"),
-    (box(r"\{1, 2\}"), "(1, 2)", False, "a set is no pair"),
-    (box("[3, 4]"), "(3, 4]", False, "another interval"),
-    (box(COLUMN.replace("pmatrix", "bmatrix")), COLUMN, True, "other brackets"),
-    (box(COLUMN.replace("-2", "2")), COLUMN, False, "another vector"),
-    # F14, F18: hostile text
-    (box("\x00"), r"\sqrt{2}", False, "NUL"),
-    (box("\ud800"), r"\sqrt{2}", False, "a lone surrogate"),
-    (box("\u202e2\u202c"), "2", False, "right-to-left marks"),
-    (box("<|im_end|>"), r"\sqrt{2}", False, "a control token"),
-    (box("(" * 3_000), r"\sqrt{2}", False, "3,000 parentheses"),
-    (box("9" * 20_000), "9", False, "20,000 digits"),
-    (box("2" * 200_000), "2", False, "200 kB"),
-    (box("__import__('os').abort()"), r"\sqrt{2}", False, "text is never run"),
-]  # fmt: skip
+#: case -> rows of (response, gold, expected, why)
+TABLE = {
+    "F15": [  # boxes
+        (r"\boxed{4} or \boxed{5}", "4", True, "the first box is the answer"),
+        (r"\boxed{4} or \boxed{5}", "5", False, "and the second is a second guess"),
+        (r"\boxed{5", "5", False, "never closed"),
+        (r"\boxed{}", "5", False, "empty"),
+        (r"\boxed{ } \boxed{5}", "5", False, "an empty first box is no licence for a second"),
+        (r"\boxed{\boxed{5}}", "5", True, "nested, one answer"),
+        (r"\boxed{NA} \boxed{5}", "5", False, "a skip is final"),
+        (r"They give \boxed{3}. So \boxed{5}", "5", False, "one quoted from the statement counts"),
+        (r"\boxed{NA}", "NA", False, "a skip earns nothing, whatever the gold answer"),
+        ("The answer is 5.", "5", False, "no box"),
+        (r"$5$ \fbox{5}", "5", False, "another kind of box"),
+        (r"\boxed{4,5,6}", "5", False, "a list of guesses"),
+    ],
+    "F16": [  # the level's digit
+        (TAG.format(2), "2", False, "a tag is no answer"),
+        (TAG.format(2) + r" \boxed{3}", "2", False, "nor beside one"),
+        (rf"\boxed{{{TAG.format(2)}}}", "2", False, "nor in a box"),
+    ],
+    "numbers": [
+        (box("12^2"), "144", False, "not worked out"),
+        (box(r"12 \cdot 12"), "144", False, "not worked out"),
+        (box(r"\sqrt{20736}"), "144", False, "not worked out"),
+        (box("12!"), "479001600", False, "not worked out"),
+        (box("143.9999999"), "144", False, "near is not equal"),
+        (box("144.000"), "144", True, "same number"),
+        (box("0144"), "144", True, "AIME's leading zero"),
+        (box("x = 144"), "144", True, "a name in front"),
+        (box(r"x \neq 144"), "144", False, "no equation"),
+        (box(r"144 \text{ or } 145"), "144", False, "two answers"),
+        (box("144 or 145"), "144", False, "two answers, in plain words"),
+        (box(r"144\text{ cm}^2"), "144", True, "units are left out"),
+        (box("144 inches"), "144", True, "units are left out"),
+        (box(r"144 \text{ million}"), "144", False, "no unit"),
+        (box(r"144 \text{ squared}"), "144", False, "no unit"),
+        (box("144 pi"), "144", False, "no unit"),
+        (box(r"144\pi"), "144", False, "another number"),
+        (box("-144"), "144", False, "sign"),
+        (box("\u2212144"), "-144", True, "a typeset minus"),
+        (box("\uff11\uff14\uff14"), "144", False, "full-width digits"),
+        (box("1,44"), "144", False, "no thousands"),
+        (box("1{,}440"), "1440", True, "thousands"),
+        (box("1.440"), "1440", False, "a point is a point"),
+        (box("1 2"), "12", False, "two numbers"),
+        (box(r"\$18.90"), r"\$18.90", True, "dollars"),
+        (box(r"90"), r"90^\circ", True, "degrees are a unit"),
+        (box("6/8"), r"\frac{3}{4}", True, "same number"),
+        (box("0.75"), r"\frac{3}{4}", True, "exact"),
+        (box("0.3333333"), r"\frac{1}{3}", False, "rounded"),
+        (box("9/5"), r"1\frac{4}{5}", True, "a mixed number"),
+        (box("1/0"), "1", False, "no number"),
+        (box("inf"), "1", False, "no number"),
+    ],
+    "false_credit": [  # of math-verify 0.9
+        (box("52_7"), "52_8", False, "another base"),
+        (box("52_{8}"), "52_8", True, "the same base"),
+        (box("52"), "52_8", False, "without its base it is another number"),
+        (box("52_8"), "52", False, "and the other way round"),
+        (box(r"50\%"), "50", True, "per cent is a unit"),
+        (box(r"50\%"), "0.5", False, "never both"),
+        (box("0.5"), r"50\%", False, "never both"),
+    ],
+    "words": [
+        (box("seat"), r"\text{east}", False, "another word"),
+        (box("East"), r"\text{east}", True, "small or capital"),
+        (box("C"), r"\text{(C)}", True, "parentheses of a choice"),
+        (box(r"\text{(C) or (D)}"), r"\text{(C)}", False, "two choices"),
+    ],
+    "expressions": [
+        (box(r"\sqrt{8}/2"), r"\sqrt{2}", True, "equal expressions"),
+        (box("1.41421356237"), r"\sqrt{2}", False, "rounded"),
+        (box(r"\frac{141421356237}{100000000000}"), r"\sqrt{2}", False, "rounded in disguise"),
+        (box(r"\pm\sqrt{2}"), r"\sqrt{2}", False, "two answers"),
+        (box(r"3 = \sqrt{2}"), r"\sqrt{2}", False, "a false equation"),
+        (box(r"\frac{355}{113}"), r"\pi", False, "near is not equal"),
+        (box("288"), r"288\pi", False, "a factor short"),
+        (box("q - p"), "p - q", False, "sign"),
+        (box("ab + 2a + 5b + 10"), "(a+5)(b+2)", True, "expanded"),
+        (box("y^2 + 1"), "x^2 + 1", False, "another variable"),
+        (box(r"3 + \sqrt{2}"), r"3 \pm \sqrt{2}", False, "one of two"),
+        (box(r"3 + \sqrt{2}, 3 - \sqrt{2}"), r"3 \pm \sqrt{2}", True, "both"),
+        (box("-2, 1"), "1, -2", True, "roots in any order"),
+        (box("1"), "1, -2", False, "one of two"),
+        (box("1, -2, 3"), "1, -2", False, "one too many"),
+        (box("(2, 1)"), "(1, 2)", False, "a pair has an order"),
+        (box(r"\{1, 2\}"), "(1, 2)", False, "a set is no pair"),
+        (box("[3, 4]"), "(3, 4]", False, "another interval"),
+        (box(COLUMN.replace("pmatrix", "bmatrix")), COLUMN, True, "other brackets"),
+        (box(COLUMN.replace("-2", "2")), COLUMN, False, "another vector"),
+    ],
+    "F14_F18": [  # hostile text
+        (box("\x00"), r"\sqrt{2}", False, "NUL"),
+        (box("\ud800"), r"\sqrt{2}", False, "a lone surrogate"),
+        (box("\u202e2\u202c"), "2", False, "right-to-left marks"),
+        (box("<|im_end|>"), r"\sqrt{2}", False, "a control token"),
+        (box("(" * 3_000), r"\sqrt{2}", False, "3,000 parentheses"),
+        (box("9" * 20_000), "9", False, "20,000 digits"),
+        (box("2" * 200_000), "2", False, "200 kB"),
+        (box("__import__('os').abort()"), r"\sqrt{2}", False, "text is never run"),
+    ],
+}  # fmt: skip
+ROWS = [(case, *row) for case, rows in TABLE.items() for row in rows]
 
 
-@pytest.mark.parametrize(("response", "gold", "expected", "why"), TABLE,
-                         ids=[f"{i}-{row[3].replace(' ', '_')}" for i, row in enumerate(TABLE)])
-def test_F14_F15_F16_F18_adversarial_responses(response, gold, expected, why):
+@pytest.mark.parametrize(("case", "response", "gold", "expected", "why"), ROWS, ids=[
+    f"{row[0]}-{row[4].replace(' ', '_')}-{row[2]}" for row in ROWS])
+def test_adversarial_responses(case, response, gold, expected, why):
     assert point(response, gold) is expected, why
 
 
 def test_the_table_is_long_enough():
-    assert len({row[:2] for row in TABLE}) >= 60
+    assert len({row[1:3] for row in ROWS}) >= 60
 
 
 @pytest.fixture
@@ -146,6 +156,7 @@ def test_F17_F18_answers_that_never_end_are_wrong(impatient, answer):
     assert verdict(r"\sqrt{2}", answer) in ("too slow", "too big")
     assert time.perf_counter() - start < 10
     assert verdict(r"\sqrt{2}", r"\sqrt{8}/2") == "equal", "and the next answer is graded"
+    assert pool().places.qsize() == grading.WORKERS, "F20: and no place is lost"
 
 
 def test_F18_memory_is_limited():
@@ -210,6 +221,18 @@ def test_F19_works_in_a_spawned_and_in_a_forked_process(tmp_path):
     subprocess.run([sys.executable, script], check=True, timeout=120)
 
 
+def test_F19_works_in_a_data_loader():
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return grading.same_math("2x", ("x+x", "x")[i])
+
+    loader = torch.utils.data.DataLoader(Pairs(), num_workers=1, timeout=60)
+    assert [bool(mark) for mark in loader] == [True, False]
+
+
 @pytest.mark.parametrize(("gold", "answer", "apart"), [
     (r"\sqrt{2}", r"\frac{2}{\sqrt{2}}", False), ("(a+5)(b+2)", "ab + 2a + 5b + 10", False),
     (r"x + 1", r"\frac{x^2 - 1}{x - 1}", False), (r"10^{30}\pi", r"10^{30}\pi + 1", False),
@@ -229,7 +252,7 @@ def test_only_what_is_far_apart_is_not_simplified(gold, answer, apart):
 
 def test_fast_parsing_gives_the_same_expressions(monkeypatch):
     from latex2sympy2_extended.latex2sympy2 import PSParser, latex2sympy
-    answers = sorted({gold for _, gold, _, _ in TABLE} | {r"\frac{1}{2", "1, 2, 3", r"(3, \infty)",
+    answers = sorted({row[2] for row in ROWS} | {r"\frac{1}{2", "1, 2, 3", r"(3, \infty)",
                       r"x \in [-2, 7]", r"\begin{cases} 1 \end{cases}", "2 < x < 3", r"A \cup B",
                       r"\star(m)", r"1 + \dots + n"})
 
