@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
@@ -47,8 +48,15 @@ from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sources import problem_stream
-from roi_lib.training import TrainingLog, folder_lock, same_recipe, write_checkpoint
-from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
+from roi_lib.training import (
+    Together,
+    TrainingLog,
+    folder_lock,
+    muon_and_adamw,
+    same_recipe,
+    write_checkpoint,
+)
+from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
 
 SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
 KEEP = ("shortest", "median")
@@ -243,8 +251,7 @@ def curriculum(
     exams = []
     for _ in range(recipe.exams):
         n = rng.choices(*zip(*recipe.sizes, strict=True))[0]
-        mix = list(tiers) if n == len(tiers) and rng.random() < 0.6 else rng.choices(tiers, k=n)
-        rng.shuffle(mix)
+        mix = rng.choices(tiers, [recipe.mix[TIERS.index(tier)] for tier in tiers], k=n)
         exams.append([rng.choice(by_tier[tier]) for tier in mix])
     rows = []
     for stage in (alone, exams):
@@ -323,6 +330,55 @@ def ample_budget(world: World, exams: Sequence[Exam]) -> int:
     return 2 * world.level_edges[-1] * max(len(exam.problems) for exam in exams)
 
 
+def token_weights(world: World, tokenizer, recipe: MFTRecipe) -> torch.Tensor | None:
+    """The weight of each token of the vocabulary in the loss; None where all are alike.
+
+    Raises:
+        ValueError: levels shall weigh more, but a level is no token of its own.
+    """
+    if recipe.tag_weight == 1:
+        return None
+    tags = [tokenizer(tag(level), add_special_tokens=False).input_ids
+            for level in range(world.skip_level + 1)]
+    levels = [set(ids) - set(tags[0] if ids is not tags[0] else tags[1]) for ids in tags]
+    if any(len(ids) != 1 for ids in levels) or len(set.union(*levels)) != len(tags):
+        raise ValueError("tag_weight needs a tokenizer with one token for each level; "
+                         "give --set tag_weight=1")
+    weights = torch.ones(len(tokenizer))
+    weights[list(set.union(*levels))] = recipe.tag_weight
+    return weights
+
+
+class TagTrainer(SFTTrainer):
+    """SFTTrainer with a loss in which some tokens weigh more: one in fifty is a level."""
+
+    def __init__(self, *args, token_weights: torch.Tensor | None = None, **options) -> None:
+        super().__init__(*args, **options)
+        self.token_weights = token_weights
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the response tokens of the whole batch, `num_items_in_batch`."""
+        if self.token_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+        learned = labels[:, 1:] != IGNORED
+        wanted = labels[:, 1:][learned]
+        nats = F.cross_entropy(outputs.logits[:, :-1][learned].float(), wanted, reduction="none")
+        weights = self.token_weights.to(nats.device)[wanted]
+        loss = (nats * weights).sum() / (len(nats) if num_items_in_batch is None
+                                         else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def optimizer_of(model, recipe: MFTRecipe) -> torch.optim.Optimizer | None:
+    """Muon and AdamW as one, or None for the trainer's own AdamW."""
+    if not recipe.muon_rate:
+        return None
+    muon, adamw = muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)
+    return Together([adamw, muon])  # the first one's rate is what the trainer logs
+
+
 def fine_tune(
     world: World, tokenizer, model, rows: Sequence[Row], recipe: MFTRecipe, work: Path,
     root: Path | None = None,
@@ -338,10 +394,12 @@ def fine_tune(
                  int(state.name.split("-")[1]) if state else 0, root)
     adapters = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, lora_dropout=0.0,
                           target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
+    trainer = TagTrainer(
         model, sft_config(recipe, work), train_dataset=as_dataset(rows),
         processing_class=tokenizer, callbacks=[log],
-        peft_config=adapters if recipe.lora_rank else None)
+        peft_config=adapters if recipe.lora_rank else None,
+        optimizers=(optimizer_of(model, recipe), None),
+        token_weights=token_weights(world, tokenizer, recipe))
     trainer.remove_callback(PrinterCallback)  # it prints what the log prints
     trainer.train(resume_from_checkpoint=str(state) if state else None)
     model = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
@@ -385,7 +443,7 @@ def calibrate(
     k: int = 8,
     seed: int = 0,
 ) -> dict:
-    """How well a tagged model knows itself: unseen papers, medium order, an ample budget.
+    """How well a tagged model knows itself: unseen papers, the orders in turn, an ample budget.
 
     What a problem should have been labelled comes from `k` samples of the base model alone, as in
     training. Returns, JSON-ready: `tag_accuracy` by tier and position (problems tried),
@@ -396,8 +454,10 @@ def calibrate(
     Raises:
         ValueError: not one response holds a closed level tag.
     """
-    exams = [Exam(order_problems(p, "medium", f"{seed}/{i}"), "medium")
-             for i, p in enumerate(papers)]
+    exams = []
+    for i, paper in enumerate(papers):
+        order = ORDERS[i % len(ORDERS)]  # each tier comes in each position
+        exams.append(Exam(order_problems(paper, order, f"{seed}/{i}"), order))
     before, after = (segment_table(world, sit(world, tokenizer, generator, exams,
                                               ample_budget(world, exams), style, seed=seed))
                      for generator, style in ((base, "direct"), (tagged, "roi")))
@@ -522,9 +582,9 @@ share of samples that are right within the top level:
 
 {labels}
 
-**Measured** on {papers} unseen papers (seed {seed}), medium order, temperature 1, ample budget
-(`calibration.json`): share of right tags among problems tried, by position; share of right
-answers; share skipped beside the share that {samples} samples of the base would have refused.
+**Measured** on {papers} unseen papers (seed {seed}), the three orders in turn, temperature 1,
+ample budget (`calibration.json`): share of right tags among problems tried, by position; share of
+right answers; share skipped beside the share that {samples} samples of the base would have refused.
 
 {knows}
 

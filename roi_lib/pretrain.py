@@ -26,7 +26,7 @@ from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, referen
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import sample_problem
 from roi_lib.tokenizer import build_tokenizer
-from roi_lib.training import TrainingLog, folder_lock, write_checkpoint
+from roi_lib.training import TrainingLog, folder_lock, muon_and_adamw, write_checkpoint
 from roi_lib.worlds import TIERS, World
 
 
@@ -128,15 +128,6 @@ def new_model(tokenizer, config: PretrainConfig) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id))
 
 
-def make_optimizers(model, config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices; AdamW for embeddings, biases and norms."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
-    return [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
-
-
 def rate(step: int, config: PretrainConfig) -> float:
     """Share of the peak learning rate: warm-up, plateau, linear decay to zero."""
     done = step / config.steps
@@ -177,7 +168,7 @@ def pretrain(world: World, out: Path, work: Path, config: PretrainConfig) -> Non
 def _pretrain(world: World, out: Path, work: Path, config: PretrainConfig) -> None:
     tokenizer = build_tokenizer(world)
     model = new_model(tokenizer, config)
-    optimizers = make_optimizers(model, config)
+    optimizers = muon_and_adamw(model, config.muon_lr, config.adamw_lr)
     recipe = json.loads(json.dumps(asdict(config)))
     progress = {"step": 0, "seconds": 0.0, "tokens": 0, "recipe": recipe}
     if state := newest_complete(work):

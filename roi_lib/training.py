@@ -1,4 +1,4 @@
-"""What every training run shares: a log that goes on, a folder of its own, a checkpoint."""
+"""What training runs share: a log that goes on, a folder of their own, optimizers, checkpoints."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from roi_lib.checkpoints import write_folder
@@ -73,6 +74,41 @@ def same_recipe(work: Path, recipe: dict) -> None:
             raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
                              "another recipe; choose another --work")
     write_json(path, recipe)
+
+
+def muon_and_adamw(model, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices; AdamW for embeddings, biases and norms. No weight decay."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as the one that a trainer of transformers takes."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        super().__init__(self._groups(), {})
+
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure=None) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step(closure)
+
+    def state_dict(self) -> dict:
+        """The states of all, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Put back what `state_dict` gave; loading gives each optimizer new parameter groups."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = self._groups()
 
 
 def write_checkpoint(out: Path, model, log: Path, card: str, **documents) -> None:

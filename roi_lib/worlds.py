@@ -26,10 +26,20 @@ class Method:
         checkpoint: a folder, a name below `data/`, or a hub id; None: reference solutions are
             played back instead of a model.
         style: key of `World.prompts`.
+        way: how it goes about a paper (see `methods`): "whole", "knapsack", or "rational" for the
+            bound that the checkpoint's own abilities allow.
+        charged: whether Greedy Knapsack pays for its prediction pass out of the budget.
     """
 
     checkpoint: str | None
     style: str
+    way: str = "whole"
+    charged: bool = False
+
+    @property
+    def tagged(self) -> bool:
+        """Whether a level tag is asked for, and so must be paid."""
+        return self.style == "roi"
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,12 @@ class MFTRecipe:
         keep: which right answer is taught: "shortest" or "median" (by cost).
         exams: rows with several problems, after one row for every problem alone.
         sizes: (number of problems, weight) of those rows.
+        mix: weights of the tiers in those rows. A tier whose level hangs on its length wants more:
+            the others' tags are soon learned, or cannot be.
         rows, rows_at_once: rows an optimizer step, and of these at a time on a device.
         learning_rate: AdamW's peak; linear warm-up and decay.
+        muon_rate: Muon's peak, for the weight matrices; 0 leaves everything to AdamW.
+        tag_weight: weight of a level's token in the loss, where any other token has 1.
         max_length: longest row in tokens; longer ones are left out and counted.
         lora_rank: rank of the adapters on every linear layer; 0 trains all weights.
         bf16: multiply in bfloat16.
@@ -58,9 +72,12 @@ class MFTRecipe:
     keep: str
     exams: int
     sizes: tuple[tuple[int, int], ...]
+    mix: tuple[float, float, float]
     rows: int
     rows_at_once: int
     learning_rate: float
+    muon_rate: float
+    tag_weight: float
     max_length: int
     lora_rank: int
     bf16: bool
@@ -242,13 +259,17 @@ POCKET = World(
         "plan_and_solve": Method("pocket-base", "plan_and_solve"),
         "least_to_most": Method("pocket-base", "least_to_most"),
         "mft": Method("pocket-mft", "roi"),
+        "mft_greedy_knapsack": Method("pocket-mft", "roi", "knapsack"),
+        "mft_greedy_knapsack_charged": Method("pocket-mft", "roi", "knapsack", charged=True),
         "rarl": Method("pocket-rarl", "roi"),
+        "optimal": Method("pocket-base", "direct", "rational"),
     },
     mft=MFTRecipe(
-        problems=1_200, samples=4, keep="shortest", exams=9_000,
-        sizes=((2, 3), (3, 12), (4, 2), (5, 1), (6, 1)), rows=32, rows_at_once=32,
-        learning_rate=1.5e-3, max_length=1_024, lora_rank=0, bf16=False, checkpointing=False,
-        dev_exams=64, card_papers=500, log_every=50, save_every=100),
+        problems=1_200, samples=4, keep="shortest", exams=16_000,
+        sizes=((2, 10), (3, 28), (4, 2), (5, 1), (6, 1)), mix=(0.12, 0.72, 0.16), rows=32,
+        rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.01, tag_weight=10.0, max_length=1_024,
+        lora_rank=0, bf16=True, checkpointing=False, dev_exams=64, card_papers=1_000, log_every=100,
+        save_every=200),
     rarl=RARLRecipe(
         steps=300, exams=16, rollouts=16, budgets=(64, 128), learning_rate=1e-4),
 )
@@ -294,11 +315,15 @@ for up to 1024. If it is not worth its tokens, write \
         "plan_and_solve": Method("Qwen/Qwen2.5-1.5B-Instruct", "plan_and_solve"),
         "least_to_most": Method("Qwen/Qwen2.5-1.5B-Instruct", "least_to_most"),
         "mft": Method("paper-mft", "roi"),
+        "mft_greedy_knapsack": Method("paper-mft", "roi", "knapsack"),
+        "mft_greedy_knapsack_charged": Method("paper-mft", "roi", "knapsack", charged=True),
         "rarl": Method("paper-rarl", "roi"),
+        "optimal": Method("Qwen/Qwen2.5-1.5B-Instruct", "direct", "rational"),
     },
     mft=MFTRecipe(
         problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
-        rows=64, rows_at_once=4, learning_rate=1e-4, max_length=4_096, lora_rank=32, bf16=True,
+        mix=(1.0, 1.0, 1.0), rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,
+        tag_weight=1.0, max_length=4_096, lora_rank=32, bf16=True,
         checkpointing=True, dev_exams=32, card_papers=100, log_every=20,
         save_every=50),
     rarl=RARLRecipe(
