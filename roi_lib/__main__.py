@@ -1,4 +1,4 @@
-"""The command line: `python -m roi_lib exam|osmckp|train|bench|diagnose|doctor`.
+"""The command line: `python -m roi_lib exam|sweep|osmckp|train|bench|diagnose|doctor`.
 
 Whatever a user can get wrong ends in one sentence on standard error and exit status 2.
 """
@@ -22,48 +22,97 @@ def check_writable(option: str, path: Path | None) -> None:
 
 def exam(args) -> None:
     """Sit papers in three orders under each budget."""
-    from roi_lib.evaluation import exam_table, run_method
-    from roi_lib.exams import draw_papers
-    from roi_lib.manifests import make_manifest, read_manifest, restore_papers
-    from roi_lib.sources import load_jsonl
+    from roi_lib.evaluation import (
+        Setting,
+        difference_table,
+        exam_table,
+        make_records,
+        shortfall_table,
+        sit_methods,
+    )
+    from roi_lib.manifests import make_manifest
     from roi_lib.worlds import get_world
 
     check_writable("--out", args.out)
     check_writable("--write-papers", args.write_papers)
     check_writable("--plot", args.plot)
     world = get_world(args.world)
-    for name in args.methods:
-        world.method(name)
-    own = load_jsonl(args.problems) if args.problems else None
-    if args.papers:
-        manifest = read_manifest(args.papers)
-        if manifest.world != world.name:
-            raise ValueError(f"{args.papers} holds papers of the world {manifest.world}; "
-                             f"give --world {manifest.world}")
-        papers, args.seed = restore_papers(manifest, args.data, own), manifest.seed
-    else:
-        papers = draw_papers(world, args.exams, args.problems_per_exam, "test", args.seed,
-                             args.data, own)
+    names = method_names(world, args.methods)
+    papers, split = exam_papers(args, world)
     if args.write_papers:
-        write_json(args.write_papers, asdict(make_manifest(world, papers, "test", args.seed)))
+        write_json(args.write_papers, asdict(make_manifest(world, papers, split, args.seed)))
         print(f"wrote {args.write_papers}")
-    choice = engine_choice(args)
-    records = []
-    for name in args.methods:
-        records += run_method(world, name, papers, args.budgets or world.budgets, args.model,
-                              args.temperature, args.seed, args.tokenizer, choice)
-    print(exam_table(records))
+    setting = Setting(world, papers, args.seed, args.temperature, args.model, args.tokenizer,
+                      engine_choice(args))
+    results = sit_methods(setting, names, args.budgets or world.budgets, args.workers)
+    records = make_records(setting, results)
+    print("\n\n".join(filter(None, (exam_table(records), shortfall_table(records),
+                                    difference_table(records)))))
     report_failures(args, records)
+    if len(papers) == 1:
+        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
     if args.out:
         write_json(args.out, records)
         print(f"wrote {args.out}")
+    if args.save:
+        from roi_lib.rollouts import save_rollouts
+
+        save_rollouts(args.save, setting, results, records, split)
+        print(f"wrote {args.save}")
     if args.plot:
         from roi_lib.plots import tokens_by_position, use_style
 
         use_style()
-        first = [record for record in records if record["method"] == args.methods[0]]
+        first = [record for record in records if record["method"] == records[0]["method"]]
         tokens_by_position(first).savefig(args.plot)
         print(f"wrote {args.plot}")
+
+
+def method_names(world, given: list[str]) -> list[str]:
+    """The methods that `--methods` names; "all" stands for those with a model that is there."""
+    from roi_lib.methods import available
+
+    for name in given:
+        if name != "all":
+            world.method(name)
+    return [name for word in given for name in (available(world) if word == "all" else [word])]
+
+
+def exam_papers(args, world):
+    """The papers that the options of `exam` name, and their split; a manifest sets the seed."""
+    from roi_lib.exams import draw_papers
+    from roi_lib.manifests import read_manifest, restore_papers
+    from roi_lib.sources import load_jsonl
+
+    own = load_jsonl(args.problems) if args.problems else None
+    if not args.papers:
+        return draw_papers(world, args.exams, args.problems_per_exam, "test", args.seed,
+                           args.data, own, args.tiers), "test"
+    manifest = read_manifest(args.papers)
+    if manifest.world != world.name:
+        raise ValueError(f"{args.papers} holds papers of the world {manifest.world}; "
+                         f"give --world {manifest.world}")
+    args.seed = manifest.seed
+    return restore_papers(manifest, args.data, own), manifest.split
+
+
+def sweep(args) -> None:
+    """Let methods sit under one setting after another, into a CSV file."""
+    from roi_lib.evaluation import EngineChoice
+    from roi_lib.sweeps import points, run_sweep, write_sweep
+    from roi_lib.worlds import get_world
+
+    check_writable("--out", args.out)
+    world, rows = get_world(args.world), []
+    names, total = method_names(world, args.methods), len(points(world, args.sweep))
+    choice = EngineChoice(args.engine, log=args.log, every=args.progress or None, dtype=args.dtype)
+    for part in run_sweep(world, args.sweep, names, args.exams, args.seed, args.data, choice,
+                          args.workers):
+        rows += part
+        print(f"{len({row['x'] for row in rows})} settings done" if total > 1 else "done",
+              file=sys.stderr)
+    write_sweep(args.out, rows)
+    print(f"wrote {args.out}: {len(rows)} rows")
 
 
 def engine_choice(args):
@@ -75,7 +124,7 @@ def engine_choice(args):
         options = {"base_url": args.base_url, "api": args.api, "key_variable": args.key_variable,
                    "concurrency": args.concurrency, "retries": args.retries,
                    "timeout": args.timeout}
-    return EngineChoice(args.engine, options, args.log, args.progress or None)
+    return EngineChoice(args.engine, options, args.log, args.progress or None, args.dtype)
 
 
 def report_failures(args, records) -> None:
@@ -252,12 +301,19 @@ def prices(text: str) -> list[float]:
     return [price_in, price_out]
 
 
-def add_engine_options(command) -> None:
-    """The options of `exam` that choose who answers."""
+def add_run_options(command) -> None:
+    """The options of `exam` and `sweep` about how they run."""
     command.add_argument("--engine", default="torch", help="torch, vllm, openai or replay")
     command.add_argument("--log", type=Path, help="folder of run logs; a run found there goes on")
+    command.add_argument("--workers", type=int, help="processes; by itself as many as pay")
+    command.add_argument("--dtype", help="float32 or float64, instead of the world's")
     command.add_argument("--progress", type=float, default=10.0,
                          help="seconds between progress lines on standard error; 0 for none")
+
+
+def add_engine_options(command) -> None:
+    """The options of `exam` that choose who answers."""
+    add_run_options(command)
     command.add_argument("--base-url", help="openai: address of the server, up to /v1")
     command.add_argument("--api", default="completions",
                          help="openai: completions (token ids, as vLLM serves them) or chat")
@@ -283,10 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(commands, "exam", exam)
     command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--methods", type=names, default=["base"], help="comma-separated")
+    command.add_argument("--methods", type=names, default=["base"],
+                         help="comma-separated; all: every one whose checkpoint is there")
     command.add_argument("--budgets", type=numbers, help="tokens, comma-separated; the world's own")
     command.add_argument("--exams", type=int, default=512, help="number of papers")
     command.add_argument("--problems-per-exam", type=int, default=3, help="problems a paper")
+    command.add_argument("--tiers", type=names, help="a tier a problem, comma-separated, instead")
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     command.add_argument("--seed", type=int, default=0, help="of papers, sampling and bootstrap")
     command.add_argument("--model", help="checkpoint folder or hub id instead of the method's own")
@@ -297,7 +355,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", help="folder or hub id, where it is not the checkpoint's")
     add_engine_options(command)
     command.add_argument("--out", type=Path, help="JSON file for the records")
+    command.add_argument("--save", type=Path, help="folder for records and rollouts, compact")
     command.add_argument("--plot", type=Path, help="picture of the first method's tokens (PNG)")
+
+    command = add(commands, "sweep", sweep)
+    command.add_argument("sweep", help="budget, problems, mix or temperature")
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--methods", type=names, default=["base"],
+                         help="comma-separated; all: every one whose checkpoint is there")
+    command.add_argument("--exams", type=int, default=256, help="papers a setting")
+    command.add_argument("--seed", type=int, default=0, help="of papers, sampling and bootstrap")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_run_options(command)
+    command.add_argument("--out", type=Path, required=True, help="CSV file")
 
     command = add(commands, "osmckp", osmckp)
     command.add_argument("instance", type=Path, help="JSON file")

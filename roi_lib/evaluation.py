@@ -1,129 +1,96 @@
-"""Evaluation: sit papers, then Score and Regret with intervals.
+"""Evaluation: Score and Regret with intervals, what is missing from rational, and comparisons.
 
-`sit` runs exams through a generator, the parser and the grader; `Sitting` is one exam as sat.
 `Score` is the mean number of problems solved an exam; `Regret` is the share of the easy-order
 Score that is lost in another order of the same problems (paper, evaluation metrics):
-(Score_easy - Score) / Score_easy.
+(Score_easy - Score) / Score_easy. Beside the rational test-taker of `rational`, whose Score in an
+order is V*(order), what a method leaves behind falls into two parts:
+
+    lost to order   V*(easy) - V*(order)   no policy could have avoided it
+    lost to folly   V*(order) - Score      better allocation would have saved it
+
+and its optimality gap is folly as a share, 1 - Score / V*(order). Folly can be negative: the
+bound has the base model's abilities, and training may add to them. All intervals are 95 %
+percentile intervals of a bootstrap over papers; whatever is compared shares its resamples.
+
+What is sat is in `sitting`, by whom in `methods`; their names are here as well.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
-from roi_lib.checkpoints import load_tokenizer
-from roi_lib.engines import OpenAIGenerator, make_engine
-from roi_lib.exams import (
-    Exam,
-    Response,
-    encode_prompt,
-    exam_prompt,
-    order_problems,
-    parse_response,
-    reference_response,
-)
-from roi_lib.generation import BudgetedGenerator, ReplayGenerator, Request
-from roi_lib.grading import grade
+from roi_lib.exams import Exam, order_problems, reference_response
+from roi_lib.generation import BudgetedGenerator
+from roi_lib.methods import EngineChoice, Rational, Sat, Setting, sit_method, sit_methods
 from roi_lib.problems import Problem
-from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
-from roi_lib.worlds import ORDERS, TAG_CLOSE, TAG_OPEN, TIERS, World
+from roi_lib.rational import Bound
+from roi_lib.sitting import (
+    Sitting,
+    check_budget,
+    confusion,
+    reference_generator,
+    segment_table,
+    sit,
+    smallest_budget,
+)
+from roi_lib.worlds import ORDERS, TIERS, World
+
+__all__ = ["EngineChoice", "Rational", "Sat", "Setting", "Sitting", "check_budget", "confusion",
+           "reference_generator", "segment_table", "sit", "sit_method", "sit_methods",
+           "smallest_budget"]
 
 BOOTSTRAP_RESAMPLES = 2_000
 
 
-@dataclass(frozen=True)
-class Sitting:
-    """One exam as sat: the paper, the response cut into segments, and each problem's mark.
-
-    Attributes:
-        exam: the paper.
-        budget: the hard budget in tokens.
-        ids: the response as token ids.
-        finished: whether the response ended by itself.
-        response: the segments.
-        correct: one mark a position.
-        overrun: tokens that the back end sent beyond the budget; they were cut.
-        failed: why there is no response ("" where there is one).
-    """
-
-    exam: Exam
-    budget: int
-    ids: tuple[int, ...]
-    finished: bool
-    response: Response
-    correct: tuple[bool, ...]
-    overrun: int = 0
-    failed: str = ""
-
-
-def smallest_budget(world: World, tokenizer) -> int:
-    """Tokens of one header with one tag: under a smaller budget nothing can be said."""
-    words = f"{world.header.format(i=1)} {TAG_OPEN}Level-{world.skip_level}{TAG_CLOSE}"
-    return len(tokenizer(words, add_special_tokens=False).input_ids)
-
-
-def check_budget(world: World, tokenizer, budget: int) -> None:
-    """Refuse a budget under which nothing can be said.
-
-    Raises:
-        ValueError: the budget is smaller than a header with a level tag.
-    """
-    least = smallest_budget(world, tokenizer)
-    if budget < least:
-        raise ValueError(f"budget {budget} is smaller than one level tag with its header; "
-                         f"give at least {least} tokens")
-
-
-def sit(
-    world: World,
-    tokenizer,
-    generator: BudgetedGenerator,
-    exams: Sequence[Exam],
-    budget: int,
-    style: str = "direct",
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> list[Sitting]:
-    """Sit every exam once under one hard budget in tokens.
-
-    Raises:
-        ValueError: no exams, or a budget smaller than a header with a tag.
-    """
-    if not exams:
-        raise ValueError("there are no exams to sit")
-    check_budget(world, tokenizer, budget)
-    messages = [exam_prompt(world, exam, budget, style) for exam in exams]
-    requests = [Request(tuple(encode_prompt(tokenizer, m)), budget, (seed, i), message=m)
-                for i, m in enumerate(messages)]
-    rollouts = [rollout for (rollout,) in generator.generate(requests, temperature)]
-    responses = [parse_response(world, tokenizer, rollout.ids, len(exam.problems))
-                 for exam, rollout in zip(exams, rollouts, strict=True)]
-    points = iter(grade(world, [
-        pair for exam, response in zip(exams, responses, strict=True)
-        for pair in zip(exam.problems, response.segments, strict=True)]))
-    sittings = []
-    for exam, rollout, response in zip(exams, rollouts, responses, strict=True):
-        correct = tuple(islice(points, len(exam.problems)))
-        sittings.append(Sitting(exam, budget, rollout.ids, rollout.finished, response, correct,
-                                rollout.overrun, rollout.failed))
-    return sittings
+@lru_cache(maxsize=2)
+def resample_counts(n: int, seed: int) -> np.ndarray:
+    """How often each of `n` exams is drawn, [resamples, n]."""
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_RESAMPLES)
+    return counts.astype(float)
 
 
 def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """Means of resampled exams, [resamples, columns], for values [exams, columns].
 
     All columns share each resample, so differences and ratios of columns are paired.
+
+    Raises:
+        ValueError: fewer than two exams.
     """
-    n = len(values)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_RESAMPLES)
-    return counts @ values / n
+    if len(values) < 2:
+        raise ValueError("one exam has no interval: give two at least")
+    return resample_counts(len(values), seed) @ values / len(values)
 
 
 def interval(samples: np.ndarray) -> list[float]:
     """95 % percentile interval of bootstrap samples."""
     return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
+
+
+def paired_interval(
+    columns: Sequence[np.ndarray], statistic: Callable, seed: int = 0
+) -> list[float] | None:
+    """Interval of a statistic of the means of columns that hold one number an exam.
+
+    None for a single exam, which has none, and where a resample makes the statistic infinite.
+    """
+    if len(columns[0]) < 2:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        samples = statistic(*bootstrap_means(np.stack(columns, axis=1), seed).T)
+    return interval(samples) if np.isfinite(samples).all() else None
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, list | None]:
+    """Mean of a - b, points of the same papers in the same sequence, and its interval.
+
+    Raises:
+        ValueError: not as many of one as of the other.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a paired difference needs the same papers, not {len(a)} and {len(b)}")
+    return float(a.mean() - b.mean()), paired_interval([a, b], lambda x, y: x - y, seed)
 
 
 def marks(sittings: Sequence[Sitting]) -> np.ndarray:
@@ -136,34 +103,16 @@ def regret(score: float, score_easy: float) -> float | None:
     return (score_easy - score) / score_easy if score_easy > 0 else None
 
 
-def segment_table(world: World, sittings: Sequence[Sitting]) -> dict[str, np.ndarray]:
-    """One entry a problem sat, column by column.
-
-    Columns: `tier`, `family`; `position` (from 1); `cost` in tokens; `predicted` level (-1: no
-    tag); `real` level of the cost (a skip is at the skip level by definition; an unfinished
-    segment counts with what it spent); `skipped`; `correct`; `reached` (any token spent on it).
-    """
-    rows = [
-        (problem.tier, problem.family, position, segment.cost,
-         -1 if segment.level is None else segment.level,
-         world.skip_level if segment.skipped else world.level_of(segment.cost),
-         segment.skipped, correct, segment.cost > 0)
-        for s in sittings
-        for position, (problem, segment, correct) in enumerate(
-            zip(s.exam.problems, s.response.segments, s.correct, strict=True), start=1)
-    ]
-    names = ("tier", "family", "position", "cost", "predicted", "real", "skipped", "correct",
-             "reached")
-    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True),
-                                                           strict=True)}
-
-
-def confusion(world: World, predicted: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Counts [predicted level, real level]; entries without a prediction (-1) are left out."""
-    levels = world.skip_level + 1
-    given = predicted >= 0
-    flat = np.bincount(predicted[given] * levels + real[given], minlength=levels * levels)
-    return flat.reshape(levels, levels)
+def score_and_regret(points: np.ndarray, easy: np.ndarray, seed: int = 0) -> dict:
+    """Score and Regret with intervals, from the points of the same papers in two orders."""
+    score, score_easy = float(points.mean()), float(easy.mean())
+    return {
+        "score": score,
+        "score_ci": paired_interval([points], lambda x: x, seed),
+        "score_easy": score_easy,
+        "regret": regret(score, score_easy),
+        "regret_ci": paired_interval([points, easy], lambda x, e: (e - x) / e, seed),
+    }
 
 
 def summarize(
@@ -183,18 +132,9 @@ def summarize(
         {p.id for p in s.exam.problems} for s in easy]
     if not same:
         raise ValueError("regret compares orders of the same papers, and these papers differ")
-    samples = bootstrap_means(np.stack([marks(sittings), marks(easy)], axis=1), seed)
-    score, score_easy = marks(sittings).mean(), marks(easy).mean()
     table = segment_table(world, sittings)
     hits = (table["predicted"] == table["real"])[table["predicted"] >= 0]
-    easy_samples = samples[:, 1]
-    return {
-        "score": float(score),
-        "score_ci": interval(samples[:, 0]),
-        "score_easy": float(score_easy),
-        "regret": regret(float(score), float(score_easy)),
-        "regret_ci": interval((easy_samples - samples[:, 0]) / easy_samples)
-        if easy_samples.min() > 0 else None,
+    return score_and_regret(marks(sittings), marks(easy), seed) | {
         "position_accuracy": np.mean([s.correct for s in sittings], axis=0).tolist(),
         "position_tokens": np.mean(
             [[segment.cost for segment in s.response.segments] for s in sittings], axis=0).tolist(),
@@ -206,6 +146,90 @@ def summarize(
         "failed": sum(bool(s.failed) for s in sittings),
     }
 
+
+def summarize_bound(bound: Bound, easy: Bound, seed: int = 0) -> dict:
+    """The rational test-taker's numbers, under the same keys as `summarize`.
+
+    Its Score is the achievable side; see `rational` for the others.
+    """
+    return score_and_regret(bound.achievable, easy.achievable, seed) | {
+        "plug_in": float(bound.plug_in.mean()),
+        "plug_in_ci": paired_interval([bound.plug_in], lambda x: x, seed),
+        "by_family": float(bound.by_family.mean()),
+        "by_family_ci": paired_interval([bound.by_family], lambda x: x, seed),
+        "prophet": float(bound.prophet.mean()),
+        "prophet_ci": paired_interval([bound.prophet], lambda x: x, seed),
+        "position_accuracy": bound.accuracy.mean(0).tolist(),
+        "position_tokens": bound.tokens.mean(0).tolist(),
+        "mean_tokens": float(bound.tokens.sum(1).mean()),
+        "skip_rate": float(bound.skipped.mean()),
+        "level_accuracy": None, "over_budget": 0, "overrun_cut": 0, "failed": 0,
+    }
+
+
+def shortfall(points: np.ndarray, bound: Bound, easy: Bound, seed: int = 0) -> dict:
+    """What a method leaves behind, in points and beside V*, the achievable side of the bound.
+
+    Args:
+        points: one number a paper, in the order of `bound`.
+        easy: the bound of the same papers in the easy order.
+    """
+    columns = [points, bound.achievable, easy.achievable]
+    score, best, best_easy = (float(column.mean()) for column in columns)
+    return {
+        "rational": best,
+        "rational_plug_in": float(bound.plug_in.mean()),
+        "rational_by_family": float(bound.by_family.mean()),
+        "prophet": float(bound.prophet.mean()),
+        "optimality_gap": 1 - score / best if best > 0 else None,
+        "optimality_gap_ci": paired_interval(columns, lambda x, v, e: 1 - x / v, seed),
+        "lost_to_order": best_easy - best,
+        "lost_to_order_ci": paired_interval(columns, lambda x, v, e: e - v, seed),
+        "lost_to_folly": best - score,
+        "lost_to_folly_ci": paired_interval(columns, lambda x, v, e: v - x, seed),
+    }
+
+
+def points_of(result: Sat | Rational, order: str) -> np.ndarray:
+    """One number a paper: problems solved, or what the rational test-taker may expect."""
+    if isinstance(result, Rational):
+        return result.bounds[order].achievable
+    return marks(result.sittings[order])
+
+
+def make_records(setting: Setting, results: Sequence[Sat | Rational]) -> list[dict]:
+    """One JSON-ready record for each result and order.
+
+    Where the rational test-taker is among the results, those of the others say what they leave
+    behind (`shortfall`); where several methods are, how they differ from the first.
+    """
+    world, seed, records = setting.world, setting.seed, []
+    bounds = {(r.tagged, r.budget): r.bounds for r in results if isinstance(r, Rational)}
+    first = {r.budget: r for r in results if r.method == results[0].method}
+    for result in results:
+        for order in ORDERS:
+            record = {"world": world.name, "method": result.method, "order": order,
+                      "budget": result.budget, "n_exams": len(setting.papers),
+                      "n_problems": len(setting.papers[0]), "seed": seed,
+                      "temperature": setting.temperature}
+            points = points_of(result, order)
+            if isinstance(result, Rational):
+                record |= summarize_bound(result.bounds[order], result.bounds["easy"], seed)
+            else:
+                tagged = world.method(result.method).tagged
+                record |= summarize(world, result.sittings[order], result.sittings["easy"], seed)
+                record |= result.facts
+                if bound := bounds.get((tagged, result.budget)):
+                    record |= shortfall(points, bound[order], bound["easy"], seed)
+                if result.usage and order == ORDERS[0]:
+                    record["usage"] = result.usage
+            reference = first[result.budget]
+            if reference.method != result.method:
+                difference, spread = paired_difference(points, points_of(reference, order), seed)
+                record |= {"difference_from": reference.method, "difference": difference,
+                           "difference_ci": spread}
+            records.append(record)
+    return records
 
 
 def family_costs(
@@ -253,60 +277,6 @@ def family_marks(
     return {family: np.array(m, float) for family, m in marks.items()}, cut
 
 
-def reference_generator(
-    world: World, tokenizer, exams: Sequence[Exam], budgets: Sequence[int], style: str
-) -> ReplayGenerator:
-    """A generator that writes out the reference solutions of these exams under these budgets."""
-    responses = {}
-    for exam in exams:
-        words = reference_response(world, exam.problems, style)
-        ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
-        for budget in budgets:
-            prompt = encode_prompt(tokenizer, exam_prompt(world, exam, budget, style))
-            responses[tuple(prompt)] = ids
-    return ReplayGenerator(responses, tokenizer.eos_token_id)
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """Which engine answers, and what it writes on the way.
-
-    Attributes:
-        name: see `engines.ENGINES`; "replay" answers from the log alone.
-        options: for the engine's constructor.
-        log: folder of run logs, a file `METHOD-BUDGET.jsonl` each; None for no logs.
-        every: seconds between progress lines; None for no such lines.
-    """
-
-    name: str = "torch"
-    options: Mapping = field(default_factory=dict)
-    log: Path | None = None
-    every: float | None = None
-
-    def make(self, checkpoint: str, tokenizer, dtype: str) -> BudgetedGenerator | None:
-        """The engine itself; a replay has none."""
-        if self.name == "replay":
-            return None
-        return make_engine(self.name, checkpoint, tokenizer, dtype, **self.options)
-
-    def logged(self, engine: BudgetedGenerator | None, budget: int, run: dict) -> LoggedGenerator:
-        """The engine behind the log of one method under one budget.
-
-        Raises:
-            ValueError: a replay without a log, or the log of another run.
-        """
-        what, log = f"{run['method']}-{budget}", None
-        path = self.log / f"{what}.jsonl" if self.log else None
-        if self.name == "replay" and not (path and path.is_file()):
-            raise ValueError(f"a replay needs the log of an earlier run: --log {self.log} has no "
-                             f"{what}.jsonl")
-        if path:
-            self.log.mkdir(parents=True, exist_ok=True)
-            engine_key = {} if self.name == "replay" else {"engine": self.name}
-            log = RunLog(path, run | {"budget": budget} | engine_key)
-        return LoggedGenerator(engine, log, self.every, what)
-
-
 def run_method(
     world: World,
     name: str,
@@ -320,54 +290,74 @@ def run_method(
 ) -> list[dict]:
     """Sit the same papers in every order under every budget; one record each.
 
-    Args:
-        papers: each a sequence of problems, whatever their order.
-        model: checkpoint instead of the method's own (for a replay: its tokenizer).
-        tokenizer_name: tokenizer instead of the checkpoint's.
-        choice: which engine answers (a method of reference solutions needs none).
+    Args: see `methods.Setting`.
 
     Raises:
-        ValueError: unknown method, checkpoint not to be had, a budget too small, or the log of
-            another run.
+        ValueError: see `methods.sit_method`.
     """
-    method = world.method(name)
-    exams = {order: [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
-                     for i, paper in enumerate(papers)] for order in ORDERS}
-    checkpoint = model or method.checkpoint
-    tokenizer = load_tokenizer(tokenizer_name or checkpoint or world.tokenizer,
-                               default=world.tokenizer)
-    for budget in budgets:
-        check_budget(world, tokenizer, budget)
-    if method.checkpoint is None:
-        every = [exam for order in ORDERS for exam in exams[order]]
-        engine = reference_generator(world, tokenizer, every, budgets, method.style)
-    else:
-        engine = choice.make(checkpoint, tokenizer, world.dtype)
-        run = {"world": world.name, "method": name, "model": model_hash(checkpoint), "seed": seed}
-    records = []
-    for budget in budgets:
-        generator = choice.logged(engine, budget, run) if method.checkpoint else engine
-        sat = {order: sit(world, tokenizer, generator, exams[order], budget, method.style,
-                          temperature, seed) for order in ORDERS}
-        for order in ORDERS:
-            head = {"world": world.name, "method": name, "order": order, "budget": budget,
-                    "n_exams": len(papers), "n_problems": len(papers[0]), "seed": seed,
-                    "temperature": temperature}
-            records.append(head | summarize(world, sat[order], sat["easy"], seed))
-    if isinstance(engine, OpenAIGenerator):
-        records[0]["usage"] = asdict(engine.usage)  # of the whole run
-    return records
+    setting = Setting(world, papers, seed, temperature, model, tokenizer_name, choice)
+    return make_records(setting, sit_method(setting, name, budgets))
+
+
+def brackets(ends: Sequence[float] | None, form: str = ".3f") -> str:
+    """An interval as text; "--" where there is none."""
+    return "--" if ends is None else f"[{ends[0]:{form}},{ends[1]:{form}}]"
+
+
+def name_width(records: list[dict]) -> int:
+    """Width of a table's column of methods."""
+    return max(16, 1 + max(len(r["method"]) for r in records))
 
 
 def exam_table(records: list[dict]) -> str:
     """Records as a text table."""
-    lines = [f"{'method':<16}{'budget':>6} {'order':<7}{'Score':>6} {'95 % interval':<15}"
+    width = name_width(records)
+    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}{'Score':>6} {'95 % interval':<15}"
              f"{'Regret':>7} {'95 % interval':<17}{'tokens':>6} {'right at position':<18}"]
     for r in records:
         regret = "   --  " if r["regret"] is None else f"{r['regret']:7.3f}"
-        spread = "--" if r["regret_ci"] is None else "[{:6.3f},{:6.3f}]".format(*r["regret_ci"])
         positions = " ".join(f"{a:.2f}" for a in r["position_accuracy"])
-        score = "[{:.3f},{:.3f}]".format(*r["score_ci"])
-        lines.append(f"{r['method']:<16}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f} "
-                     f"{score:<15}{regret} {spread:<17}{r['mean_tokens']:6.1f} {positions}")
+        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f} "
+                     f"{brackets(r['score_ci']):<15}{regret} {brackets(r['regret_ci'], '6.3f'):<17}"
+                     f"{r['mean_tokens']:6.1f} {positions}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shortfall_table(records: list[dict]) -> str:
+    """What the methods leave behind, beside the rational test-taker, as a text table.
+
+    The rational Score stands as its achievable and its plug-in side. "" where no record has one.
+    """
+    rows = [r for r in records if "rational" in r]
+    if not rows:
+        return ""
+    width = name_width(rows)
+    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}{'Score':>6}  {'rational':<12}"
+             f"{'by family':>9} {'prophet':>7}  {'optimality gap':<20}{'lost to order':<21}"
+             "lost to folly"]
+    for r in rows:
+        def part(key, form, r=r):
+            return "--" if r[key] is None else f"{r[key]:{form}} {brackets(r[key + '_ci'], '.2f')}"
+        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f}  "
+                     f"{r['rational']:.3f}-{r['rational_plug_in']:<6.3f}"
+                     f"{r['rational_by_family']:9.3f} {r['prophet']:7.3f}  "
+                     f"{part('optimality_gap', '5.2f'):<20}{part('lost_to_order', '6.3f'):<21}"
+                     f"{part('lost_to_folly', '6.3f')}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def difference_table(records: list[dict]) -> str:
+    """How the methods' Scores differ from the first method's, as a text table; "" for a single
+    method."""
+    rows = [r for r in records if "difference" in r]
+    if not rows:
+        return ""
+    width = name_width(rows)
+    title = f"Score minus that of {rows[0]['difference_from']}"
+    width = max(width, len(title) - 6)
+    lines = [f"{title:<{width + 7}}" + "".join(f"{order:<24}" for order in ORDERS)]
+    for method, budget in dict.fromkeys((r["method"], r["budget"]) for r in rows):
+        cells = [f"{r['difference']:+.3f} {brackets(r['difference_ci'], '+.3f')}" for r in rows
+                 if (r["method"], r["budget"]) == (method, budget)]
+        lines.append(f"{method:<{width}}{budget:>6} " + "".join(f"{c:<24}" for c in cells))
     return "\n".join(line.rstrip() for line in lines)
