@@ -256,6 +256,17 @@ def test_command_line_sits_the_very_same_papers(tmp_path, capsys):
     assert "give --world pocket" in capsys.readouterr().err
 
 
+def test_command_line_takes_any_mix_of_tiers(tmp_path, capsys):
+    papers = tmp_path / "papers.json"
+    common = ["exam", "--methods", "replay", "--budgets", "64", "--exams", "3"]
+    main([*common, "--tiers", "hard,easy,easy", "--write-papers", str(papers)])
+    manifest = read_manifest(papers)
+    assert sorted(manifest.tiers) == ["easy", "easy", "hard"] and len(manifest.papers) == 3
+    with pytest.raises(SystemExit):
+        main([*common, "--tiers", "easy,odd"])
+    assert "unknown tier 'odd'" in capsys.readouterr().err
+
+
 def test_many_papers_are_drawn_quickly(real_data):
     """5,000 papers take 0.2 s on 2 cores; the limit here is generous."""
     start = perf_counter()
