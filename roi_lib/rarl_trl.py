@@ -77,6 +77,7 @@ def grpo_config(
         max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16,
         gradient_checkpointing=trl.checkpointing, logging_steps=1,
         save_steps=recipe.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **vllm)
 
 

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from roi_lib.__main__ import main
 from roi_lib.diagnosis import CHECKS, diagnose
 from roi_lib.rarl_loop import COLUMNS
 
@@ -73,3 +74,15 @@ def test_bad_logs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no step yet"):
         diagnose(log(tmp_path / "empty.csv", rows=0))
     assert len({check.__name__ for check in CHECKS}) == 6
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    main(["diagnose", str(log(tmp_path / "good.csv"))])
+    assert capsys.readouterr().out == "no known cause fits: nothing in this log looks wrong\n"
+    main(["diagnose", str(log(tmp_path / "bad.csv", level_accuracy=None, reward=0.0, no_spread=1))])
+    out = capsys.readouterr().out
+    assert out.startswith("level never right: no answer with a level tag, with score")
+    assert "\nno spread: no_spread 1.00 with reward 0.00\n    try: more rollouts" in out
+    with pytest.raises(SystemExit):
+        main(["diagnose", str(tmp_path / "none.csv")])
+    assert "none.csv" in capsys.readouterr().err

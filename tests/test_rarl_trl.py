@@ -1,15 +1,19 @@
 """TRL's GRPOTrainer and our trainer: the same rollouts, the same gradient."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import test_rarl
 import torch
+from conftest import ROOT
 from test_rarl import difference, naive_gradient, spread, tiny
 from transformers import TrainerCallback
 
 from roi_lib import bench_rarl, rarl, rarl_loop
-from roi_lib.checkpoints import newest_complete
+from roi_lib.checkpoints import load_model, newest_complete
 from roi_lib.exams import encode_prompt, exam_prompt
 from roi_lib.generation import Request, TorchGenerator
 from roi_lib.rarl import batch_gradient, roll_out, training_exams
@@ -92,6 +96,42 @@ def test_two_steps_of_trl_are_two_steps_of_ours(tokenizer, tmp_path):
                         for row in (theirs, ours))
         assert [theirs[c] for c in same] == [ours[c] for c in same]
         assert float(theirs["grad_norm"]) == pytest.approx(float(ours["grad_norm"]), rel=1e-3)
+
+
+TWO = """
+import os, sys
+from pathlib import Path
+from roi_lib.tokenizer import build_tokenizer
+from test_rarl_trl import POCKET, SMALL, rarl, replace, spread, tiny, train
+rarl.group_rewards, tokenizer = spread, build_tokenizer(POCKET)
+model = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=2), Path(sys.argv[1]))
+if os.environ["RANK"] == "0":
+    model.save_pretrained(Path(sys.argv[1]) / "final")
+"""
+
+
+def test_two_processes_end_with_the_weights_of_one(tokenizer, tmp_path):
+    """As `accelerate launch` starts them, on the CPU; each samples its own half of the exams."""
+    alone = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=2), tmp_path / "one")
+    (tmp_path / "two.py").write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node", "2", str(tmp_path / "two.py"), str(tmp_path / "two")],
+                   check=True, env=environment, timeout=600, capture_output=True)
+    together = load_model(str(tmp_path / "two" / "final"), "float32")
+    for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert fingerprint(together) != fingerprint(tiny(tokenizer))
+
+
+def test_the_accelerate_file_fits_the_recipe():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(ROOT / "docs" / "accelerate.yaml"))
+    assert found.num_processes == 4 and found.mixed_precision == "bf16"
+    recipe, rows = PAPER.rarl, PAPER.rarl.exams * PAPER.rarl.rollouts
+    assert recipe.exams % found.num_processes == 0
+    assert rows % (found.num_processes * recipe.trl.rows_at_once) == 0
 
 
 def test_lora_trains_the_adapters_and_merges_them(tokenizer, tmp_path):
