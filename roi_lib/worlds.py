@@ -271,7 +271,9 @@ POCKET = World(
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=64, card_papers=1_000, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
-        steps=300, exams=16, rollouts=16, budgets=(64, 128), learning_rate=1e-4),
+        steps=200, exams=16, rollouts=16, budgets=(64, 128, 128), learning_rate=2e-4,
+        orders=(("hard", 0.3), ("medium", 0.3), ("easy", 0.4)),
+        keep=(0, 20, 40, 60, 100, 200)),
 )
 
 _EXAM_RULES = """\
