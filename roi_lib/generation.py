@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import pad, rms_norm
 from transformers import Cache, CacheLayerMixin
 
 
@@ -104,13 +105,11 @@ class PreallocatedLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, prefilled: CacheLayerMixin, rows: torch.Tensor, capacity: int) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor,
+                 capacity: int) -> None:
         super().__init__()
-        self.keys, self.values = (
-            self._spread(tensor, rows, capacity) for tensor in (prefilled.keys, prefilled.values)
-        )
-        self.length = prefilled.keys.shape[2]
-        self.is_initialized = True
+        self.keys, self.values = (self._spread(t, rows, capacity) for t in (keys, values))
+        self.length, self.is_initialized = keys.shape[2], True
 
     @staticmethod
     def _spread(prefilled: torch.Tensor, rows: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -148,7 +147,8 @@ class AnyRows:
 
     Args:
         model: the causal language model.
-        prefilled: its cache of the distinct prompts, padded on the left.
+        prefilled: keys and values of the distinct prompts, padded on the left, layer by layer;
+            both [prompts, heads, width, head_dim].
         mask: 1 for prompt tokens, 0 for padding, [prompts, width].
         source: the prompt of each row.
         longest: response tokens to make room for.
@@ -157,8 +157,8 @@ class AnyRows:
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
         width = mask.shape[1]
         self.model, self.end, self.position = model, width, mask.sum(1)[source]
-        self.cache = Cache(layers=[PreallocatedLayer(layer, source, width + longest)
-                                   for layer in prefilled.layers])
+        self.cache = Cache(layers=[PreallocatedLayer(keys, values, source, width + longest)
+                                   for keys, values in prefilled])
         # Additive mask over the whole capacity: only the padding before a prompt is hidden.
         self.bias = torch.zeros(len(source), 1, 1, width + longest, dtype=model.dtype,
                                 device=source.device)
@@ -182,27 +182,41 @@ class AnyRows:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates.
+
+    The left half of `sin` has its sign turned.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def normalize(norm, x: torch.Tensor) -> torch.Tensor:
     """Root-mean-square norm in the precision of `x` (transformers goes through float32)."""
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 class LlamaRows:
     """Rows being decoded with a forward of our own, for models built like Llama.
 
-    Faster than `AnyRows`, because a decoding step of a small model is bound by memory: all
-    rollouts of a prompt read one copy of its keys and values, as the matrix product it then is,
-    and attention runs over what is filled, not over masked space. The projections are the
-    model's own modules, so new weights and LoRA adapters count at once. Arguments: see `AnyRows`.
+    Faster than `AnyRows`, because a decoding step of a small model is bound by memory:
+
+    - Rows of one prompt read one copy of its keys and values. They sit together at *desks* of
+      equally many seats, so that the queries of a desk meet its prompt in one matrix product. A
+      seat that stays empty repeats another row of its desk, and nobody looks at its result.
+    - The responses' keys and values lie in memory without gaps, [heads, seats, tokens, head_dim].
+      There is room for a few tokens more, masked until they come; then it is enlarged. In a
+      buffer of the final size each row is followed by unused space, and reading across these
+      gaps takes about three times as long as what little is copied here.
+
+    The projections are the model's own modules, so new weights and LoRA adapters count at once.
+    Arguments: see `AnyRows`.
     """
 
     #: `config.model_type` of the architectures whose layers this forward computes.
     ARCHITECTURES = ("llama", "qwen2")
+    #: Seats are at most this many times the rows.
+    SEATS_PER_ROW = 1.125
+    #: Tokens by which the room for responses grows.
+    GROWTH = 32
 
     @classmethod
     def fits(cls, config) -> bool:
@@ -212,75 +226,100 @@ class LlamaRows:
 
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.prompts = [(layer.keys, layer.values) for layer in prefilled.layers]
-        self.position, self.filled = mask.sum(1)[source], 0
-        n_prompts, heads, width, size = self.prompts[0][0].shape
-        self.own = [tuple(keys.new_empty(len(source), heads, longest, size) for _ in range(2))
+        self.longest, self.filled = longest, 0
+        self.prompts = [(keys.transpose(0, 1), values.transpose(0, 1))
+                        for keys, values in prefilled]
+        self.bias = None  # where all prompts have one length, nothing is hidden
+        if not mask.all():
+            self.bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)[:, None]
+            self.bias.masked_fill_(mask[:, None] == 0, torch.finfo(model.dtype).min)
+        self.desks = list(range(len(mask)))  # the prompt of each
+        row_of_seat = self._seat(source)
+        self.position = mask.sum(1)[source][row_of_seat]
+        heads, _, _, size = self.prompts[0][0].shape
+        self.own = [tuple(keys.new_empty(heads, len(row_of_seat), 0, size) for _ in range(2))
                     for keys, _ in self.prompts]
-        hidden = torch.finfo(model.dtype).min
-        self.bias = torch.zeros(n_prompts, 1, 1, 1, width, dtype=model.dtype, device=source.device)
-        self.bias.masked_fill_(mask[:, None, None, None] == 0, hidden)
-        self._seat(source)
 
-    def _seat(self, source: torch.Tensor) -> None:
-        """Give each row a seat among the rollouts of its prompt: a number below prompts x most."""
+    def _seat(self, source: torch.Tensor) -> torch.Tensor:
+        """Seat rows of these prompts; returns the row of each seat."""
+        rows_of: dict[int, list[int]] = {}
+        for row, prompt in enumerate(source.tolist()):
+            rows_of.setdefault(prompt, []).append(row)
+        seats = max(map(len, rows_of.values()))  # at a desk: as many as leave few of them empty
+        while seats * sum(-(-len(rows) // seats) for rows in rows_of.values()) > (
+                self.SEATS_PER_ROW * len(source)):
+            seats -= 1
+        desks = [(prompt, rows[i : i + seats])
+                 for prompt, rows in rows_of.items() for i in range(0, len(rows), seats)]
+        row_of_seat = [row for _, rows in desks for row in rows + rows[:1] * (seats - len(rows))]
+        seat_of_row = {row: seat for seat, row in enumerate(row_of_seat)}
+
+        before = {prompt: desk for desk, prompt in enumerate(self.desks)}
+        self.desks = [prompt for prompt, _ in desks]
+        moved = torch.tensor([before[prompt] for prompt in self.desks], device=source.device)
+        self.prompts = [(keys[:, moved], values[:, moved]) for keys, values in self.prompts]
+        self.bias = None if self.bias is None else self.bias[moved]
         self.source = source
-        counts = torch.bincount(source, minlength=len(self.bias))
-        order = source.argsort(stable=True)
-        nth = torch.arange(len(source), device=source.device) - (counts.cumsum(0) - counts)[
-            source[order]]
-        self.most = int(counts.max())
-        self.seat = torch.empty_like(source)
-        self.seat[order] = source[order] * self.most + nth
+        self.seat = torch.tensor([seat_of_row[row] for row in range(len(source))],
+                                 device=source.device)
+        self.row = torch.tensor(row_of_seat, device=source.device)
+        return self.row
 
-    def _by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
-        """[rows, heads, group, n] -> [prompts, heads, most, group, n], empty seats zero."""
-        seats = rows.new_zeros(len(self.bias) * self.most, *rows.shape[1:])
-        seats[self.seat] = rows
-        return seats.unflatten(0, (len(self.bias), self.most)).transpose(1, 2)
-
-    def _by_row(self, seats: torch.Tensor) -> torch.Tensor:
-        """The other way round."""
-        return seats.transpose(1, 2).flatten(0, 1)[self.seat]
+    def _make_room(self) -> None:
+        """Room for more tokens in every layer, if it is full."""
+        room = min(self.GROWTH, self.longest - self.filled)
+        if self.own[0][0].shape[2] == self.filled:
+            self.own = [tuple(torch.cat((t, t.new_zeros(*t.shape[:2], room, t.shape[3])), 2)
+                              for t in layer) for layer in self.own]
 
     def _attend(self, layer: int, query, key, value) -> torch.Tensor:
-        """One query a row over its prompt and its own response; all [rows, heads, group, size]."""
+        """One query a seat over its prompt and its own response.
+
+        Args:
+            query: [heads, seats, group, head_dim], contiguous and scaled.
+            key, value: [heads, seats, head_dim].
+        """
         (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
-        now = self.filled
-        keys[:, :, now], values[:, :, now] = key, value
-        keys, values = keys[:, :, : now + 1], values[:, :, : now + 1]
-        query = query * query.shape[-1] ** -0.5
-        grouped = self._by_prompt(query)
-        on_prompt = (grouped.flatten(2, 3) @ prompt_keys.transpose(-1, -2)).view(
-            *grouped.shape[:-1], -1)
+        keys[:, :, self.filled], values[:, :, self.filled] = key, value
+        (heads, seats, group, size), width = query.shape, prompt_keys.shape[2]
+        by_desk = query.view(heads, len(self.desks), -1, size)
+        on_prompt = by_desk @ prompt_keys.transpose(-1, -2)
+        if self.bias is not None:
+            on_prompt += self.bias
         on_own = query @ keys.transpose(-1, -2)
-        scores = torch.cat((self._by_row(on_prompt + self.bias), on_own), -1)
-        weights = torch.softmax(scores, -1).split([prompt_keys.shape[2], now + 1], -1)
-        grouped = self._by_prompt(weights[0])
-        from_prompt = (grouped.flatten(2, 3) @ prompt_values).view(*grouped.shape[:-1], -1)
-        return self._by_row(from_prompt) + weights[1] @ values
+        on_own[..., self.filled + 1 :] = -torch.inf
+        scores = torch.cat((on_prompt.view(heads, seats, group, width), on_own), -1)
+        on_prompt, on_own = torch.softmax(scores, -1).split([width, keys.shape[2]], -1)
+        mixed = on_prompt.reshape(heads, len(self.desks), -1, width) @ prompt_values
+        return mixed.view(query.shape) + on_own @ values
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits after one more token a row, [rows, vocabulary]."""
-        x = self.body.embed_tokens(token)
-        cos, sin = self.body.rotary_emb(x, self.position[:, None])  # [rows, 1, size]
-        heads, size = self.own[0][0].shape[1], self.own[0][0].shape[3]
+        self._make_room()
+        x = self.body.embed_tokens(token[self.row])
+        cos, sin = self.body.rotary_emb(x, self.position[:, None])  # [seats, 1, head_dim]
+        left, right = sin.chunk(2, -1)
+        sin = torch.cat((-left, right), -1)
+        heads, seats, _, size = self.own[0][0].shape
+        scale = size**-0.5
         for i, block in enumerate(self.body.layers):
             attention, y = block.self_attn, normalize(block.input_layernorm, x)
-            query, key, value = (project(y).view(len(y), -1, size) for project in (
+            query, key, value = (project(y).view(seats, -1, size) for project in (
                 attention.q_proj, attention.k_proj, attention.v_proj))
-            query = rotate(query, cos, sin).view(len(y), heads, -1, size)
-            mixed = self._attend(i, query, rotate(key, cos, sin), value)
-            x = x + attention.o_proj(mixed.flatten(1))
+            query = rotate(query, cos * scale, sin * scale).view(seats, heads, -1, size)
+            mixed = self._attend(i, query.transpose(0, 1).contiguous(),
+                                 rotate(key, cos, sin).transpose(0, 1), value.transpose(0, 1))
+            x = x + attention.o_proj(mixed.transpose(0, 1).flatten(1))
             x = x + block.mlp(normalize(block.post_attention_layernorm, x))
         self.filled, self.position = self.filled + 1, self.position + 1
-        return self.head(normalize(self.body.norm, x))
+        return self.head(normalize(self.body.norm, x))[self.seat]
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
-        self.position = self.position[kept]
-        self.own = [(keys[kept], values[kept]) for keys, values in self.own]
-        self._seat(self.source[kept])
+        seat = self.seat[kept]  # where they sit until now
+        seat = seat[self._seat(self.source[kept])]
+        self.position = self.position[seat]
+        self.own = [(keys[:, seat], values[:, seat]) for keys, values in self.own]
 
 
 class TorchGenerator(BudgetedGenerator):
@@ -302,6 +341,8 @@ class TorchGenerator(BudgetedGenerator):
 
     #: Finished rows are dropped once they are this share of the batch (dropping copies the rest).
     DROP_SHARE = 0.25
+    #: Prompt tokens read at a time: few enough for a processor's caches, or a device's memory.
+    PREFILL_TOKENS = 2_048
 
     def __init__(self, model, eos_ids: Sequence[int], pad_id: int, max_rows: int = 256) -> None:
         if not eos_ids:
@@ -342,8 +383,44 @@ class TorchGenerator(BudgetedGenerator):
                 if len(done[i]) == requests[i].n:
                     yield i, done.pop(i)
 
-    def _prefill(self, prompts: list[tuple[int, ...]]):
-        """Run distinct prompts, padded on the left: last logits, their cache, their mask."""
+    def start(
+        self, prompts: Sequence[tuple[int, ...]], source: torch.Tensor, longest: int
+    ) -> tuple[torch.Tensor, AnyRows | LlamaRows]:
+        """Read distinct prompts, and get rows of them ready to decode.
+
+        Args:
+            prompts: token ids.
+            source: the prompt of each row.
+            longest: response tokens to make room for.
+
+        Returns:
+            The rows' logits after their prompts, [rows, vocabulary], and the rows, whose
+            `step` takes a token each and gives the logits that follow.
+        """
+        logits, prefilled, mask = self._prefill(prompts)
+        return logits[source], self.rows(self.model, prefilled, mask, source, longest)
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]):
+        """Last logits of distinct prompts, their keys and values by layer, and their mask.
+
+        All are padded on the left to one width; the layers' tensors are as `AnyRows` takes them.
+        """
+        width = max(map(len, prompts))
+        at_once = max(1, self.PREFILL_TOKENS // width)
+        logits, masks, layers = [], [], []
+        for start in range(0, len(prompts), at_once):
+            last, cache, mask = self._read(prompts[start : start + at_once])
+            left = width - mask.shape[1]
+            logits.append(last)
+            masks.append(pad(mask, (left, 0)))
+            layers.append([(pad(layer.keys, (0, 0, left, 0)), pad(layer.values, (0, 0, left, 0)))
+                           for layer in cache.layers])
+        prefilled = [tuple(map(torch.cat, zip(*parts, strict=True)))
+                     for parts in zip(*layers, strict=True)]
+        return torch.cat(logits), prefilled, torch.cat(masks)
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]):
+        """Run some prompts in one pass: last logits, cache, mask, padded on the left."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad_id)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -368,11 +445,7 @@ class TorchGenerator(BudgetedGenerator):
             np.stack([np.random.default_rng([*r.seed, k]).random(longest)
                       for r, (_, k) in zip(batch, chunk, strict=True)]), device=device)
 
-        logits, prefilled, mask = self._prefill(prompts)
-        logits = logits[source]
-        decoding = self.rows(self.model, prefilled, mask, source, longest)
-        del prefilled
-
+        logits, decoding = self.start(prompts, source, longest)
         out = torch.full((len(batch), longest), self.pad_id, device=device)
         length = torch.zeros(len(batch), dtype=torch.long, device=device)
         finished = torch.zeros(len(batch), dtype=torch.bool, device=device)

@@ -63,6 +63,19 @@ def test_F11_batching_changes_nothing(model, tokenizer, prompts):
     assert ids(whole) == ids(small) == ids(alone)
 
 
+def test_F11_neither_desks_nor_room_nor_prompts_at_a_time_change_anything(
+        model, tokenizer, prompts, monkeypatch):
+    """Groups of 1 to 9 rollouts, many finishing early, so that desks are filled up and redone."""
+    requests = [Request(p, 40, (5, i), n=1 + i % 9) for i, p in enumerate(prompts)]
+    wanted = ids(TorchGenerator.of(model, tokenizer).generate(requests))
+    monkeypatch.setattr(TorchGenerator, "PREFILL_TOKENS", 250)
+    monkeypatch.setattr(TorchGenerator, "DROP_SHARE", 0.01)
+    for seats_per_row in (1.0, 1.5, 9.0):
+        monkeypatch.setattr(LlamaRows, "SEATS_PER_ROW", seats_per_row)
+        monkeypatch.setattr(LlamaRows, "GROWTH", 7)
+        assert ids(TorchGenerator.of(model, tokenizer).generate(requests)) == wanted
+
+
 def test_seeds_decide(generator, prompts):
     def sample(seed):
         return ids(generator.generate([Request(p, 20, (seed,), n=2) for p in prompts]))
