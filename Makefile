@@ -11,7 +11,7 @@ NBVAL := --nbval --nbval-current-env -p no:cacheprovider
 .PHONY: exam test lint lab clean
 
 exam: .venv/.installed
-	$(BIN)/python -m roi_lib exam --world pocket --methods base --budgets 64,128 \
+	$(BIN)/python -m roi_lib exam --world pocket --methods all --budgets 64,128 \
 		--exams $(EXAMS) --seed 0 --out results.json --plot results.png
 
 test: .venv/.installed-dev lint

@@ -43,7 +43,7 @@ def exam(args) -> None:
         write_json(args.write_papers, asdict(make_manifest(world, papers, split, args.seed)))
         print(f"wrote {args.write_papers}")
     setting = Setting(world, papers, args.seed, args.temperature, args.model, args.tokenizer,
-                      engine_choice(args))
+                      engine_choice(args), args.samples)
     results = sit_methods(setting, names, args.budgets or world.budgets, args.workers)
     records = make_records(setting, results)
     print("\n\n".join(filter(None, (exam_table(records), shortfall_table(records),
@@ -352,6 +352,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--problems", type=Path, help="JSON Lines of {problem, answer, tier}")
     command.add_argument("--papers", type=Path, help="sit this manifest's papers, with its seed")
     command.add_argument("--write-papers", type=Path, help="write the papers' manifest (JSON)")
+    command.add_argument("--samples", type=int, default=8,
+                         help="attempts a problem behind the method optimal, a multiple of 4")
     command.add_argument("--tokenizer", help="folder or hub id, where it is not the checkpoint's")
     add_engine_options(command)
     command.add_argument("--out", type=Path, help="JSON file for the records")

@@ -34,7 +34,7 @@ from roi_lib.exams import (
 from roi_lib.generation import BudgetedGenerator, Request
 from roi_lib.osmckp import greedy_knapsack
 from roi_lib.problems import Problem
-from roi_lib.rational import Bound, Outcomes, rational_bounds, sample_outcomes
+from roi_lib.rational import SAMPLES, Bound, Outcomes, rational_bounds, sample_outcomes
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sitting import Sitting, check_budget, reference_generator, sit, smallest_budget
 from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
@@ -94,6 +94,7 @@ class Setting:
         model: checkpoint instead of the methods' own (for a replay: its tokenizer).
         tokenizer: instead of the checkpoint's.
         choice: which engine answers (a method of reference solutions needs none).
+        samples: attempts a problem by which the rational method goes.
     """
 
     world: World
@@ -103,6 +104,7 @@ class Setting:
     model: str | None = None
     tokenizer: str | None = None
     choice: EngineChoice = EngineChoice()
+    samples: int = SAMPLES
 
     def exams(self, order: str) -> list[Exam]:
         """The papers in one order."""
@@ -260,7 +262,7 @@ def rational(
 ) -> list[Rational]:
     """Attempts under the largest budget, then the exact solution, without and with tags."""
     outcomes = sample_outcomes(setting.world, tokenizer, generator, setting.papers, max(budgets),
-                               temperature=setting.temperature, seed=setting.seed)
+                               setting.samples, setting.temperature, setting.seed)
     places = {order: np.array([[list(paper).index(p) for p in exam.problems]
                                for paper, exam in zip(setting.papers, setting.exams(order),
                                                       strict=True)]) for order in ORDERS}

@@ -6,10 +6,12 @@ line style, a marker and a hatch, so that the figures can also be read in greysc
 units. End a plot cell with `plt.show()`.
 """
 
+from html import escape
 from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML
 from matplotlib.patches import Patch
 
 COLORS = ["#0072B2", "#E69F00", "#222222", "#CC79A7", "#009E73", "#56B4E9"]
@@ -232,4 +234,296 @@ def token_strips(names, responses, budget):
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.legend(ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    return fig
+
+
+# ---------------------------------------------------------------- MFT (notebook 04)
+#: What a token is to the loss -> HTML element and look; readable in greyscale and without styles.
+TOKENS = {
+    "not learned": ("span", "color:#767676"),
+    "learned": ("u", "background:#DCEBF7;color:#111;border-bottom:2px solid #0072B2;"
+                "text-decoration:none"),
+    "level": ("b", "background:#222;color:#FFF;padding:0 2px"),
+    "padding": ("s", "color:#999"),
+}
+
+
+def token_lines(lines, names=None):
+    """Tokens as text with a look for each kind, and a legend; IPython's HTML object.
+
+    `lines` are (label, words, kinds): one word and one key of `TOKENS` a token. `names` puts other
+    words into the legend, {kind: name}.
+    """
+    lines, names = list(lines), names or {}
+
+    def shown(word, kind):
+        element, look = TOKENS[kind]
+        return f'<{element} style="{look}">{escape(word)}</{element}>'
+
+    rows = "".join(
+        f'<div style="margin:2px 0"><i style="color:#555">{escape(label)}</i> '
+        + " ".join(map(shown, words, kinds)) + "</div>" for label, words, kinds in lines)
+    used = {kind for _, _, kinds in lines for kind in kinds}
+    legend = " &nbsp; ".join(shown(names.get(k, k), k) for k in TOKENS if k in used)
+    return HTML(f'<div style="font-family:monospace;line-height:1.7">{rows}<div '
+                f'style="margin-top:6px"><i style="color:#555">legend:</i> {legend}</div></div>')
+
+
+LEVELS = [*ACTIONS[1:4], ACTIONS[0]]  # Level-3, the skip, looks like a skip
+
+
+def level_shares(rows):
+    """Shares of the levels, a bar a family, the mean solve rate on the right; a Figure.
+
+    `rows` are those of `mft.label_statistics`.
+    """
+    fig, ax = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(rows)))
+    left = np.zeros(len(rows))
+    for level, (color, hatch) in enumerate(LEVELS):
+        width = np.array([row[f"level_{level}"] for row in rows])
+        ax.barh(range(len(rows)), width, 0.7, left, color=color, hatch=hatch, edgecolor="#777777",
+                linewidth=0.5, label=f"Level-{level}" + (" (skip)" if level == 3 else ""))
+        for y, (x, w) in enumerate(zip(left, width, strict=True)):
+            if w > 0.06:
+                ax.text(x + w / 2, y, f"{w:.0%}", ha="center", va="center",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+        left += width
+    for y, row in enumerate(rows):
+        ax.text(1.07, y, f"{row['solve_rate']:.2f}", ha="right", va="center")
+    ax.text(1.07, -0.75, "solved", ha="right", fontsize=9)
+    ax.set_yticks(range(len(rows)), [f"{row['family']} ({row['tier']})" for row in rows])
+    ax.set(xlabel="share of problems (right: share of samples that are right)", xlim=(0, 1.08))
+    ax.set_xticks(np.linspace(0, 1, 6))
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    return fig
+
+
+def mft_log(log):
+    """How a run of MFT learned: its tags by tier, and its answers and skips; a Figure.
+
+    `log` maps the columns of `log.csv` to arrays.
+    """
+    panels = [("right tags", {"tag_easy": "easy", "tag_medium": "medium", "tag_hard": "hard"}),
+              ("answers and skips", {"answer_accuracy": "right, of those tried",
+                                     "skip_hard": "hard problems skipped"})]
+    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(WIDTH, 3.6))
+    for ax, (title, columns) in zip(axes, panels, strict=True):
+        for (name, label), color, line, marker in zip(columns.items(), COLORS, LINES, MARKERS,
+                                                      strict=False):
+            ax.plot(log["step"], log[name], color=color, linestyle=line, marker=marker, label=label)
+        ax.set(xlabel="optimizer step", title=title, ylim=(-0.03, 1.03))
+        ax.legend(loc="center right" if ax is axes[1] else "lower right")
+    axes[0].set_ylabel("share of problems")
+    return fig
+
+
+def confusion_matrix(counts):
+    """Predicted against real level, [predicted, real]: counts, and shares of each row; a Figure."""
+    counts = np.asarray(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    fig, ax = plt.subplots(figsize=(5.6, 4.2))
+    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    for (i, j), n in np.ndenumerate(counts):
+        ax.text(j, i, f"{n:,}\n{shares[i, j]:.0%}", ha="center", va="center",
+                color="white" if shares[i, j] > 0.55 else "black",
+                fontweight="bold" if i == j else "normal")
+    names = [f"Level-{level}" for level in range(len(counts))]
+    ax.set_xticks(range(len(counts)), names)
+    ax.set_yticks(range(len(counts)), [f"{n}\n({c:,})" for n, c in
+                                       zip(names, counts.sum(1), strict=True)])
+    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)")
+    ax.grid(visible=False)
+    return fig
+
+
+# ---------------------------------------------------------------- regret, behaviour (06 and 07)
+#: method -> label, color, line style, marker, hatch: the same in every figure.
+METHODS = {
+    "base": ("base", "#222222", "-", "o", ""),
+    "plan_and_solve": ("Plan-and-Solve", "#CC79A7", ":", "D", "xxx"),
+    "least_to_most": ("Least-to-Most", "#E69F00", "-.", "s", "///"),
+    "mft": ("MFT", "#56B4E9", "--", "^", "..."),
+    "mft_greedy_knapsack": ("MFT + knapsack", "#009E73", (0, (6, 1.5)), "v", "\\\\\\"),
+    "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++"),
+    "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
+    "optimal": ("rational", "#D55E00", "-", "", ""),
+    "optimal_tagged": ("rational, with tags", "#D55E00", "--", "", ""),
+}
+
+
+def method_look(name):
+    """Label, color, line style, marker and hatch of a method; any other name is its own label."""
+    return METHODS.get(name, (name, "#777777", "-", "h", "oo"))
+
+
+def _chosen(rows, **wanted):
+    return [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+
+
+def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score", ylabel=None):
+    """Score (or regret) along a sweep, a panel an order, with 95 % intervals; a Figure.
+
+    `rows` are those of `sweeps.read_sweep`; `budget` picks one where a setting has several. The
+    rational test-taker is a band from its achievable to its plug-in side.
+    """
+    rows = rows if budget is None else _chosen(rows, budget=budget)
+    names = list(dict.fromkeys(r["x"] for r in rows))
+    plain = all(name.replace(".", "").isdigit() for name in names)
+    place = {name: float(name) if plain else i for i, name in enumerate(names)}
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    gap = np.diff(sorted(place.values())).min() if len(place) > 1 else 1.0
+    fig, axes = plt.subplots(1, len(orders), sharey=True, squeeze=False, figsize=(WIDTH, 4.0))
+    for ax, order in zip(axes[0], orders, strict=True):
+        for i, method in enumerate(methods):
+            own = _chosen(rows, method=method, order=order)
+            label, color, line, marker, _ = method_look(method)
+            x = np.array([place[r["x"]] for r in own])
+            y = np.array([r[value] for r in own], float)
+            if method in ("optimal", "optimal_tagged"):
+                ax.plot(x, y, color=color, linestyle=line, label=label, zorder=1.5)
+                if value == "score":
+                    ax.fill_between(x, y, [r["rational_plug_in"] for r in own], color=color,
+                                    alpha=0.25, linewidth=0)
+                continue
+            ends = np.array([[r[f"{value}_low"], r[f"{value}_high"]] for r in own], float).T
+            shift = (i - (len(methods) - 1) / 2) * 0.06 * gap  # intervals stand side by side
+            ax.errorbar(x + shift, y, np.abs(ends - y), color=color, linestyle=line, capsize=2,
+                        marker=marker, markersize=5, linewidth=1.5, elinewidth=1.2, label=label)
+        ax.set(xlabel=xlabel, title=f"{order} order")
+        if not plain:
+            ax.set_xticks(list(place.values()), [n.replace("-", "\n") for n in names], fontsize=9)
+        elif len(names) < 6:
+            ax.set_xticks(list(place.values()), names)
+    axes[0, 0].set_ylabel(ylabel or {"score": "Score [problems solved]"}.get(value, value))
+    _legend_above(fig, axes[0, 0])
+    return fig
+
+
+def _legend_above(fig, ax, ncols=4):
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper left", ncols=ncols)
+
+
+def score_split(records, budget, orders=("medium", "hard")):
+    """What each method earned, lost to folly, and lost to the order; a panel an order; a Figure.
+
+    `records` are those of `evaluation.make_records` with the rational method among them. The
+    three parts add up to V*(easy), with tags for the methods that must write them. Black: the 95 %
+    interval of the Score. Where a method earns more than V*, nothing is lost to folly.
+    """
+    fig, axes = plt.subplots(len(orders), 1, sharex=True, squeeze=False)
+    height = 0.5
+    for ax, order in zip(axes[:, 0], orders, strict=True):
+        rows = [r for r in _chosen(records, budget=budget, order=order) if "rational" in r]
+        height += 0.55 + 0.36 * len(rows)
+        score, best, order_loss = (np.array([r[key] for r in rows]) for key in (
+            "score", "rational", "lost_to_order"))
+        reached = np.maximum(best, score)
+        parts = [("earned", np.zeros(len(rows)), score, "#0072B2", ""),
+                 ("lost to folly", score, reached - score, "#E69F00", "///"),
+                 ("lost to the order", reached, best + order_loss - reached, "#EFEFEF", "...")]
+        for label, left, width, color, hatch in parts:
+            ax.barh(range(len(rows)), np.maximum(width, 0), 0.7, left, color=color, hatch=hatch,
+                    edgecolor="#777777" if hatch else color, linewidth=0.5, label=label)
+        ends = np.array([r["score_ci"] or [r["score"]] * 2 for r in rows]).T
+        ax.errorbar(score, range(len(rows)), xerr=np.abs(ends - score), fmt="none", color="black",
+                    capsize=3, elinewidth=1.5)
+        for y, value in enumerate(score):
+            ax.text(0.03, y, f"{value:.2f}", color="white", va="center", fontweight="bold")
+        ax.set_yticks(range(len(rows)), [method_look(r["method"])[0] for r in rows])
+        ax.set_title(f"{order} order, {budget} tokens")
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+    axes[-1, 0].set_xlabel("Score [problems solved]")
+    fig.set_size_inches(WIDTH, height + 0.5)
+    _legend_above(fig, axes[0, 0])
+    return fig
+
+
+def token_lengths(columns, budget, order):
+    """Tokens spent on the problems that were tried, a panel a tier, a row a method; a Figure.
+
+    `columns` is {method: `rollouts.load_columns`}. A line from the 5 to the 95 % percentile, a bar
+    over the middle half, the median as a dot; on the right, how many were tried, skipped, or got
+    no word because nothing was left.
+    """
+    tiers = ("easy", "medium", "hard")
+    fig, axes = plt.subplots(len(tiers), 1, sharex=True,
+                             figsize=(WIDTH, 1.0 + len(tiers) * (0.45 + 0.3 * len(columns))))
+    for ax, tier in zip(axes, tiers, strict=True):
+        for y, (method, c) in enumerate(columns.items()):
+            here = (c["budget"] == budget) & (c["order"] == order) & (c["tier"] == tier)
+            tried, skipped = here & c["reached"] & ~c["skipped"], here & c["skipped"]
+            if tried.any():
+                p5, p25, p50, p75, p95 = np.percentile(c["cost"][tried], (5, 25, 50, 75, 95))
+                color = method_look(method)[1]
+                ax.plot([p5, p95], [y, y], color=color, linewidth=1.5)
+                ax.barh(y, p75 - p25, 0.55, p25, color=color, alpha=0.45, edgecolor=color)
+                ax.plot(p50, y, "o", color=color, markeredgecolor="white")
+            shares = [f"{x.sum() / here.sum():.0%}" for x in (
+                tried, skipped, here & ~tried & ~skipped)]
+            for share, x in zip(shares, (1.1, 1.24, 1.36), strict=True):
+                ax.text(x, y, share, transform=ax.get_yaxis_transform(), ha="right", va="center")
+        ax.axvline(budget, color="black", linestyle="--", linewidth=1.2)
+        ax.set_yticks(range(len(columns)), [method_look(name)[0] for name in columns])
+        ax.set(title=f"{tier} problems", ylim=(len(columns) - 0.4, -0.6))
+        ax.set_xlim(left=0)
+        ax.grid(axis="y", visible=False)
+    for x, word in zip((1.1, 1.24, 1.36), ("tried", "skipped", "no word"), strict=True):
+        axes[0].text(x, 1.04, word, transform=axes[0].transAxes, ha="right", fontsize=9)
+    axes[-1].set_xlabel(f"tokens of a problem that was tried (dashed: the budget of {budget})")
+    return fig
+
+
+def level_errors(columns):
+    """Predicted minus real level of the problems that were tried, bars by method; a Figure.
+
+    `columns` is {method: `rollouts.load_columns`}. Problems without a tag are left out, and those
+    that the budget cut, whose real level nobody knows. The share of exact predictions stands in
+    the legend.
+    """
+    steps = np.arange(-3, 4)
+    series = {}
+    for method, c in columns.items():
+        tried = c["reached"] & ~c["skipped"] & ~c["cut"] & (c["predicted"] >= 0)
+        error = c["predicted"][tried].astype(int) - c["real"][tried].astype(int)
+        shares = np.array([(error == step).mean() for step in steps])
+        series[f"{method_look(method)[0]} (exact: {shares[3]:.1%})"] = (method, shares)
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.4))
+    width = 0.8 / len(series)
+    for j, (label, (method, shares)) in enumerate(series.items()):
+        _, color, _, _, hatch = method_look(method)
+        ax.bar(steps + (j - (len(series) - 1) / 2) * width, shares, width, color=color,
+               hatch=hatch, edgecolor="white", label=label)
+    ax.set_xticks(steps, [f"{step:+d}" if step else "0" for step in steps])
+    ax.set(xlabel="predicted minus real level (below 0: the cost was underestimated)",
+           ylabel="share of problems finished")
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    return fig
+
+
+def position_accuracy(columns, budget, orders=("easy", "medium", "hard")):
+    """Share of right answers by position, a panel an order, with 95 % intervals; a Figure.
+
+    `columns` is {method: `rollouts.load_columns`}; the intervals are normal ones, over papers.
+    """
+    fig, axes = plt.subplots(1, len(orders), sharey=True, squeeze=False, figsize=(WIDTH, 3.8))
+    for ax, order in zip(axes[0], orders, strict=True):
+        for i, (method, c) in enumerate(columns.items()):
+            here = (c["budget"] == budget) & (c["order"] == order)
+            positions = np.unique(c["position"])
+            marks = [c["correct"][here & (c["position"] == p)] for p in positions]
+            share = np.array([m.mean() for m in marks])
+            half = 1.96 * np.sqrt(share * (1 - share) / [len(m) for m in marks])
+            label, color, line, marker, _ = method_look(method)
+            shift = (i - (len(columns) - 1) / 2) * 0.09
+            ax.errorbar(positions + shift, share, half, color=color, marker=marker, capsize=2,
+                        linestyle=line, linewidth=1.0, elinewidth=1.5, label=label)
+        ax.set_xticks(positions)
+        ax.set(xlabel="position", title=f"{order} order", ylim=(-0.03, 1.03))
+    axes[0, 0].set_ylabel(f"right answers ({budget} tokens)")
+    _legend_above(fig, axes[0, 0])
     return fig

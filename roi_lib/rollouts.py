@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from roi_lib.worlds import ORDERS, World
 TRACED = 300  # papers whose responses are kept token by token
 #: Of a method: `budget`, `order`, `paper` (from 0), and what `sitting.segment_table` has.
 COLUMNS = ("budget", "order", "paper", "position", "tier", "family", "cost", "predicted", "real",
-           "skipped", "correct", "reached")
+           "skipped", "correct", "reached", "cut")
 
 
 def narrow(values) -> np.ndarray:
@@ -144,8 +144,9 @@ def load_bounds(folder: Path) -> tuple[dict[tuple[bool, int, str], Bound], Outco
         (bool(tagged), int(budget), order): Bound(*(arrays[f.name][i, j] for f in fields(Bound)))
         for i, (tagged, budget) in enumerate(zip(arrays["tagged"], arrays["budget"], strict=True))
         for j, order in enumerate(ORDERS)}
-    cost, correct, skip, tag = (arrays[f"outcome_{f.name}"] for f in fields(Outcomes))
-    return bounds, Outcomes(cost.astype(int), correct, int(skip), int(tag))
+    outcomes = Outcomes(*(arrays[f"outcome_{f.name}"] for f in fields(Outcomes)))
+    return bounds, replace(outcomes, cost=outcomes.cost.astype(int), skip=int(outcomes.skip),
+                           tag=int(outcomes.tag))
 
 
 def load_sittings(

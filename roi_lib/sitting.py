@@ -106,19 +106,22 @@ def segment_table(world: World, sittings: Sequence[Sitting]) -> dict[str, np.nda
 
     Columns: `tier`, `family`; `position` (from 1); `cost` in tokens; `predicted` level (-1: no
     tag); `real` level of the cost (a skip is at the skip level by definition; an unfinished
-    segment counts with what it spent); `skipped`; `correct`; `reached` (any token spent on it).
+    segment counts with what it spent); `skipped`; `correct`; `reached` (any token spent on it);
+    `cut` (the budget ended the response here).
     """
+    last = [max((i for i, x in enumerate(s.response.segments, 1) if x.cost), default=0)
+            for s in sittings]
     rows = [
         (problem.tier, problem.family, position, segment.cost,
          -1 if segment.level is None else segment.level,
          world.skip_level if segment.skipped else world.level_of(segment.cost),
-         segment.skipped, correct, segment.cost > 0)
-        for s in sittings
+         segment.skipped, correct, segment.cost > 0, position == end and not s.finished)
+        for s, end in zip(sittings, last, strict=True)
         for position, (problem, segment, correct) in enumerate(
             zip(s.exam.problems, s.response.segments, s.correct, strict=True), start=1)
     ]
     names = ("tier", "family", "position", "cost", "predicted", "real", "skipped", "correct",
-             "reached")
+             "reached", "cut")
     return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True),
                                                            strict=True)}
 

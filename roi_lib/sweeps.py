@@ -103,7 +103,7 @@ def as_row(sweep: str, point: Point, record: dict, model: str) -> dict:
     low_high = {f"{key}_{end}": (record[f"{key}_ci"] or (None, None))[i]
                 for key in ("score", "regret") for i, end in enumerate(("low", "high"))}
     row = record | low_high | {
-        "sweep": sweep, "x": point.x or record["budget"], "tiers": "-".join(point.tiers),
+        "sweep": sweep, "x": point.x or str(record["budget"]), "tiers": "-".join(point.tiers),
         "model_hash": model}
     if "plug_in" in record:  # the rational test-taker itself
         row |= {"rational": record["score"], "rational_plug_in": record["plug_in"]}

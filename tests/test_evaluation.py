@@ -54,6 +54,14 @@ def test_score_and_regret_by_hand(tokenizer):
     assert sum(summary["position_tokens"]) == pytest.approx(summary["mean_tokens"], abs=1)
 
 
+def test_the_problem_that_the_budget_cut_is_marked(tokenizer):
+    for s in sat(tokenizer, "hard", 64):
+        table = segment_table(POCKET, [s])
+        assert table["cut"].sum() == (not s.finished)
+        if not s.finished:
+            assert table["cut"].tolist().index(True) == table["reached"].sum() - 1
+
+
 def test_regret_needs_the_same_papers(tokenizer):
     easy = sat(tokenizer, "easy", 64)
     with pytest.raises(ValueError, match="same papers"):
@@ -99,6 +107,7 @@ def test_levels_are_compared_with_the_real_cost(tokenizer):
     assert table["real"].tolist() == [0, 3, 0]
     assert table["skipped"].tolist() == [False, True, False]
     assert table["tier"].tolist() == ["easy", "medium", "hard"]
+    assert not table["cut"].any() and table["reached"].all()
     counts = confusion(POCKET, table["predicted"], table["real"])
     assert counts.sum() == 3 and counts[0, 0] == counts[3, 3] == counts[2, 0] == 1
 
