@@ -1,4 +1,4 @@
-"""The command line: `python -m roi_lib exam|sweep|osmckp|train|bench|diagnose|doctor`.
+"""The command line: `python -m roi_lib exam|sweep|osmckp|train|bench|diagnose|moments|...`.
 
 Whatever a user can get wrong ends in one sentence on standard error and exit status 2.
 """
@@ -277,6 +277,26 @@ def diagnose(args) -> None:
     print(report(diagnose(args.log)))
 
 
+def moments(args) -> None:
+    """Look at the models that a RARL run kept: when did it learn to skip?"""
+    from roi_lib.moments import moments
+    from roi_lib.worlds import get_world
+
+    check_writable("--out", args.out)
+    write_json(args.out, moments(get_world(args.world), args.work, args.papers, args.seed,
+                                 args.data))
+    print(f"wrote {args.out}")
+
+
+def seeds(args) -> None:
+    """Put RARL checkpoints of several seeds into one table."""
+    from roi_lib.moments import write_seeds
+
+    check_writable("--out", args.out)
+    write_seeds(args.checkpoints, args.out)
+    print(f"wrote {args.out}")
+
+
 def doctor(args) -> None:
     """Check the environment."""
     from roi_lib.doctor import check_environment
@@ -293,6 +313,12 @@ def numbers(text: str) -> list[int]:
 def names(text: str) -> list[str]:
     """A comma-separated list of names."""
     return text.split(",")
+
+
+def seeded_folder(text: str) -> tuple[int, Path]:
+    """A seed and a folder, as 1=runs/rarl-1-out."""
+    seed, _, folder = text.partition("=")
+    return int(seed), Path(folder)
 
 
 def prices(text: str) -> list[float]:
@@ -441,6 +467,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(commands, "diagnose", diagnose)
     command.add_argument("log", type=Path, help="log.csv of a RARL run")
+
+    command = add(commands, "moments", moments)
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    command.add_argument("--work", type=Path, default=Path("runs/rarl"),
+                         help="the --work of `train rarl`, which holds the kept models")
+    command.add_argument("--papers", type=int, default=200, help="unseen papers, in all orders")
+    command.add_argument("--seed", type=int, default=1, help="of papers and sampling")
+    command.add_argument("--out", type=Path, required=True, help="JSON file")
+
+    command = add(commands, "seeds", seeds)
+    command.add_argument("checkpoints", type=seeded_folder, nargs="+", metavar="SEED=FOLDER",
+                         help="checkpoints of `train rarl`, as 0=data/pocket-rarl 1=runs/rarl-1")
+    command.add_argument("--out", type=Path, required=True,
+                         help="the table (CSV); the runs' logs go into a folder of that name")
 
     add(commands, "doctor", doctor)
     return parser

@@ -227,3 +227,139 @@ def _(answer):
         truth = [len(lengths) * max(lengths), sum(lengths)]
         if [int(x) for x in ask(answer, list(lengths))] != truth:
             return f"not right for lengths {lengths}: who is still in the batch at each step?"
+
+
+# ---------------------------------------------------------------- 04 MFT
+@exercise("04.1")
+def _(answer):
+    from dataclasses import replace
+
+    from roi_lib.mft import Sample, align
+    from roi_lib.worlds import POCKET
+
+    rng = np.random.default_rng(1)
+    for _ in range(120):
+        edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
+        samples = [(int(cost), bool(rng.random() < 0.5))
+                   for cost in rng.choice([*range(5, 75), *edges], rng.integers(1, 7))]
+        truth = align(replace(POCKET, level_edges=tuple(edges)), None,
+                      [Sample("", *sample) for sample in samples]).level
+        if int(ask(answer, list(samples), list(edges))) != truth:
+            return (f"not right for samples {samples} and edges {edges}: the shortest *right* one "
+                    "counts, an edge belongs to the level below it, and no use means Level-3")
+
+
+@exercise("04.2")
+def _(answer):
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        n = int(rng.integers(3, 12))
+        nats, weight = rng.random(n).round(2), int(rng.integers(1, 20))
+        kinds = ["prompt", "word", *rng.choice(["prompt", "word", "level"], n - 2)]
+        weights = np.array([{"prompt": 0, "word": 1, "level": weight}[kind] for kind in kinds])
+        truth = (weights * nats).sum() / (weights > 0).sum()
+        got = ask(answer, nats.tolist(), [str(kind) for kind in kinds], weight)
+        if abs(float(got) - truth) > 1e-9:
+            return (f"not right for nats {nats.tolist()}, kinds {' '.join(kinds)} and weight "
+                    f"{weight}: divide by the number of tokens that are learned")
+
+
+@exercise("04.3")
+def _(answer):
+    rng = np.random.default_rng(3)
+    for p in [0.0, 1.0, *rng.random(30).round(3)]:
+        k = int(rng.integers(1, 17))
+        truth = np.full(k, 1 - p).prod()
+        if abs(float(ask(answer, float(p), k)) - truth) > 1e-9:
+            return f"not right for a solve rate of {p} and {k} samples: all of them must fail"
+
+
+@exercise("04.4")
+def _(answer):
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        n = int(rng.integers(3, 12))
+        skipped = np.array([True, False, *(rng.random(n - 2) < 0.4)])
+        rates = rng.integers(0, 5, n) / 4
+        truth = rates[skipped].mean(), (rates[~skipped] == 0).mean()
+        got = ask(answer, skipped.tolist(), rates.tolist())
+        if len(got) != 2 or abs(np.array(got, float) - truth).max() > 1e-9:
+            return (f"not right for skipped {skipped.astype(int).tolist()} and solve rates "
+                    f"{rates.tolist()}: a mean over the skipped, then a share of the tried")
+
+
+# ---------------------------------------------------------------- 05 RARL
+@exercise("05.1")
+def _(answer):
+    from dataclasses import replace
+
+    from roi_lib.exams import Segment
+    from roi_lib.rarl import problem_reward
+    from roi_lib.worlds import POCKET
+
+    rng = np.random.default_rng(1)
+    for _ in range(120):
+        edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
+        world = replace(POCKET, level_edges=tuple(edges))
+        costs = rng.choice([*range(5, 75), *edges], 3).tolist()
+        right = [bool(x) for x in rng.random(3) < 0.7]
+        levels = [world.level_of(c) if rng.random() < 0.6 else int(rng.integers(4)) for c in costs]
+        truth = sum(problem_reward(world, Segment(c, "", "1", level), ok)
+                    for level, c, ok in zip(levels, costs, right, strict=True))
+        if float(ask(answer, list(levels), list(costs), list(right), list(edges))) != truth:
+            return (f"not right for levels {levels}, costs {costs}, right {right} and edges "
+                    f"{edges}: both must hold, and an edge belongs to the level below it")
+
+
+@exercise("05.2")
+def _(answer):
+    import torch
+
+    from roi_lib.rarl import advantages
+
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        rewards = [None if rng.random() < 0.2 else int(x) for x in rng.integers(0, 4, 6)]
+        rewards[0] = 3
+        table = torch.tensor([[np.nan if r is None else r for r in rewards]], dtype=torch.float64)
+        got = np.array([float(x) for x in ask(answer, list(rewards))])
+        if got.shape != (6,) or np.abs(got - advantages(table)[0].numpy()).max() > 1e-9:
+            return (f"not right for rewards {rewards}: a failed rollout counts in no mean, and has "
+                    "advantage 0")
+
+
+@exercise("05.3")
+def _(answer):
+    import torch
+
+    from roi_lib.rarl import policy_loss
+
+    rng = np.random.default_rng(3)
+    for case in range(60):
+        lengths = rng.integers(1, 40, 5)
+        advantage, longest = rng.integers(-4, 5, 5) / 2, int(lengths.max() + rng.integers(0, 30))
+        normalizer = ("constant", "length")[case % 2]
+        logprobs = torch.zeros(5, int(lengths.max()), dtype=torch.float64, requires_grad=True)
+        mask = (torch.arange(lengths.max())[None] < torch.tensor(lengths)[:, None]).double()
+        policy_loss(logprobs, mask, torch.tensor(advantage), longest, normalizer).backward()
+        truth = -logprobs.grad[:, 0].numpy()
+        got = ask(answer, lengths.tolist(), advantage.tolist(), longest, normalizer)
+        if np.abs(np.array(got, float) - truth).max() > 1e-9:
+            return (f"not right for lengths {lengths.tolist()}, advantages {advantage.tolist()}, "
+                    f"longest {longest} and normalizer {normalizer!r}: the loss is also a mean "
+                    "over the rollouts")
+
+
+@exercise("05.4")
+def _(answer):
+    from itertools import product
+
+    from roi_lib.rarl import has_spread
+
+    rng = np.random.default_rng(4)
+    for q in [0.0, 1.0, *rng.random(20).round(3)]:
+        n = int(rng.integers(2, 9))
+        truth = sum(q ** sum(w) * (1 - q) ** (n - sum(w)) for w in product((0, 1), repeat=n)
+                    if has_spread(w))
+        if abs(float(ask(answer, float(q), n)) - truth) > 1e-9:
+            return f"not right for q = {q} and {n} rollouts: which two groups have no spread?"

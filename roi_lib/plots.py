@@ -338,6 +338,101 @@ def confusion_matrix(counts):
     return fig
 
 
+# ---------------------------------------------------------------- RARL (notebook 05)
+def _style(j):
+    return {"color": COLORS[j % len(COLORS)], "linestyle": LINES[j % len(LINES)],
+            "marker": MARKERS[j % len(MARKERS)]}
+
+
+def line_panels(panels, columns=2, height=3.2):
+    """Line plots side by side; a Figure.
+
+    `panels` holds (x, {label: array like x}, xlabel, ylabel, title) for each; NaN leaves a gap.
+    """
+    fig, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
+    fig.set_size_inches(WIDTH, height * len(axes))
+    for ax, (x, series, xlabel, ylabel, title) in zip(axes.flat, panels, strict=False):
+        for j, (label, y) in enumerate(series.items()):
+            ax.plot(x, y, label=label, markevery=max(1, len(x) // 6), **_style(j))
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        if len(series) > 1:
+            ax.legend()
+    for ax in axes.flat[len(panels):]:
+        ax.set_visible(False)
+    return fig
+
+
+def training_curves(logs, columns, window=1):
+    """Columns of training logs over the steps, a panel a column; a Figure.
+
+    `logs` is {label: rows of a log, column -> number}. Each line is the mean of `window` rows
+    measured (NaN is left out), and stands at the last one's step.
+    """
+    fig, axes = plt.subplots(-(-len(columns) // 2), 2, squeeze=False, sharex=True)
+    fig.set_size_inches(WIDTH, 0.5 + 1.8 * len(axes))
+    for ax, column in zip(axes.flat, columns, strict=False):
+        for j, (label, rows) in enumerate(logs.items()):
+            known = [(r["step"], r[column]) for r in rows if not np.isnan(r[column])]
+            steps, values = np.array(known).T if known else np.empty((2, 0))
+            width = min(window, len(values)) or 1
+            smooth = np.convolve(values, np.full(width, 1 / width), "valid") if known else values
+            ax.plot(steps[width - 1:], smooth, label=label, markevery=max(1, len(smooth) // 6),
+                    **_style(j))
+        ax.set_ylabel(column)
+        ax.set_ylim(bottom=0)
+    for ax in axes.flat[len(columns):]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(columns) - 2): len(columns)]:
+        ax.set_xlabel("step")
+        ax.tick_params(labelbottom=True)
+    if len(logs) > 1:
+        _legend_above(fig, axes[0, 0])
+    return fig
+
+
+class LiveCurves:
+    """Curves that grow while a training runs: give it to `rarl_loop.train` as `on_step`.
+
+    `columns` are those of the log. With `every` above 0 the picture below the cell is replaced
+    each so many steps; with 0 nothing is shown until you ask for `figure()`.
+    """
+
+    def __init__(self, columns, every=0):
+        self.columns, self.every, self.rows = columns, every, []
+
+    def __call__(self, row):
+        """Take in the log's newest row."""
+        self.rows.append(row)
+        if self.every and len(self.rows) % self.every == 0:
+            from IPython.display import clear_output, display
+
+            clear_output(wait=True)
+            fig = self.figure()
+            display(fig)
+            plt.close(fig)
+
+    def figure(self, window=1):
+        """The curves so far; a Figure."""
+        return training_curves({"run": self.rows}, self.columns, window)
+
+
+def interval_dots(panels, xlabel):
+    """Values with intervals, a row a label, panels side by side; a Figure.
+
+    `panels` is {title: {label: (value, low, high)}}, with the same labels in each.
+    """
+    rows = max(map(len, panels.values()))
+    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False,
+                             figsize=(WIDTH, 1.2 + 0.36 * rows))
+    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+        for y, (value, low, high) in enumerate(values.values()):
+            ax.plot([low, high], [y, y], color=COLORS[2], linewidth=1.5)
+            ax.plot(value, y, "o", color=COLORS[0], markeredgecolor="white", markersize=8)
+        ax.set_yticks(range(len(values)), values)
+        ax.set(title=title, xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
+    return fig
+
+
 # ---------------------------------------------------------------- regret, behaviour (06 and 07)
 #: method -> label, color, line style, marker, hatch: the same in every figure.
 METHODS = {

@@ -77,6 +77,57 @@ def triple_share(one, other):
     return len(one & other) / len(one | other)
 
 
+def label(samples, edges):
+    good = [cost for cost, correct in samples if correct and cost <= edges[-1]]
+    return sum(min(good) > edge for edge in edges) if good else len(edges)
+
+
+def label_of_any(samples, edges):
+    return sum(min(cost for cost, _ in samples) > edge for edge in edges)
+
+
+def label_below_edge(samples, edges):
+    good = [cost for cost, correct in samples if correct and cost < edges[-1]]
+    return sum(min(good) >= edge for edge in edges) if good else len(edges)
+
+
+def weighted_loss(nats, kinds, weight):
+    learned = [(n, weight if kind == "level" else 1)
+               for n, kind in zip(nats, kinds, strict=True) if kind != "prompt"]
+    return sum(n * w for n, w in learned) / len(learned)
+
+
+def weighted_mean(nats, kinds, weight):
+    weights = [{"prompt": 0, "word": 1, "level": weight}[kind] for kind in kinds]
+    return float(np.average(nats, weights=weights))
+
+
+def false_and_missed(skipped, rates):
+    out = [rate for skip, rate in zip(skipped, rates, strict=True) if skip]
+    tried = [rate for skip, rate in zip(skipped, rates, strict=True) if not skip]
+    return sum(out) / len(out), tried.count(0) / len(tried)
+
+
+def exam_reward(levels, costs, right, edges):
+    return sum(ok and level == sum(cost > edge for edge in edges)
+               for level, cost, ok in zip(levels, costs, right, strict=True))
+
+
+def advantage(rewards):
+    known = [r for r in rewards if r is not None]
+    return [0.0 if r is None else r - sum(known) / len(known) for r in rewards]
+
+
+def advantage_with_failures(rewards):
+    rewards = [r or 0 for r in rewards]
+    return [r - sum(rewards) / len(rewards) for r in rewards]
+
+
+def push(lengths, advantages, longest, normalizer):
+    return [a / (longest if normalizer == "constant" else length) / len(lengths)
+            for a, length in zip(advantages, lengths, strict=True)]
+
+
 SOLUTIONS = {
     "00.1": finished,
     "00.2": regret,
@@ -92,6 +143,14 @@ SOLUTIONS = {
     "03.2": invert,
     "03.3": costs,
     "03.4": lambda lengths: (len(lengths) * max(lengths), sum(lengths)),
+    "04.1": label,
+    "04.2": weighted_loss,
+    "04.3": lambda p, k: (1 - p) ** k,
+    "04.4": false_and_missed,
+    "05.1": exam_reward,
+    "05.2": advantage,
+    "05.3": push,
+    "05.4": lambda q, n: 1 - q**n - (1 - q)**n,
 }
 
 WRONG = {
@@ -114,4 +173,19 @@ WRONG = {
     "03.3": [[1], lambda starts, total: [b - a for a, b in zip(starts, [*starts[1:], total],
                                                                strict=True)]],
     "03.4": [7, lambda lengths: (sum(lengths), sum(lengths)), lambda lengths: (max(lengths), 1)],
+    "04.1": [1, label_of_any, label_below_edge],
+    "04.2": [1.5, weighted_mean, lambda nats, kinds, weight: sum(nats) / len(nats)],
+    "04.3": [0.5, lambda p, k: 1 - p ** k, lambda p, k: 1 - (1 - p) ** k],
+    "04.4": [0.3, lambda skipped, rates: false_and_missed(skipped, rates)[::-1],
+             lambda skipped, rates: (sum(rates) / len(rates), 0.0)],
+    "05.1": [2, lambda levels, costs, right, edges: sum(right),
+             lambda levels, costs, right, edges: exam_reward(
+                 levels, [c + 1 for c in costs], right, edges)],
+    "05.2": [[0.0], lambda rewards: [r or 0 for r in rewards], advantage_with_failures],
+    "05.3": [1, lambda lengths, advantages, longest, normalizer: advantages,
+             lambda lengths, advantages, longest, normalizer: push(
+                 lengths, advantages, longest, "constant"),
+             lambda lengths, advantages, longest, normalizer: [
+                 a / longest / len(lengths) for a in advantages]],
+    "05.4": [0.5, lambda q, n: 1 - q**n, lambda q, n: n * q * (1 - q)],
 }
