@@ -26,7 +26,7 @@ from roi_lib.rarl_run import PAPERS_SEED, measure, train_model
 from roi_lib.worlds import RARLRecipe, World
 
 #: Steps of every run: enough for each to show where it is going.
-STEPS = 120
+STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ ABLATIONS = {
 
 COLUMNS = ("variant", "budget", "order", "score", "score_low", "score_high", "regret",
            "regret_low", "regret_high", "skip_easy", "skip_medium", "skip_hard",
-           "level_accuracy_uncut", "tokens", "exams", "steps", "seed", "diagnosis")
+           "answers_tagged_right", "skips_tagged_right", "tokens", "exams", "steps", "seed",
+           "diagnosis")
 
 
 def run_one(
@@ -105,7 +106,8 @@ def as_row(record: dict, name: str) -> dict:
         "score_high": rounded(record["score_ci"][1]), "regret": rounded(record["regret"]),
         "regret_low": rounded(low), "regret_high": rounded(high),
         **{f"skip_{tier}": rounded(share) for tier, share in record["skip_by_tier"].items()},
-        "level_accuracy_uncut": rounded(record["level_accuracy_uncut"]),
+        "answers_tagged_right": rounded(record["answers_tagged_right"]),
+        "skips_tagged_right": rounded(record["skips_tagged_right"]),
         "tokens": rounded(record["mean_tokens"]), "exams": record["n_exams"]}
 
 

@@ -57,14 +57,19 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def level_hits(world: World, sittings: Sequence[Sitting]) -> list[bool]:
-    """Whether each tag names the level of the real cost; a skip is Level-3 by definition.
+def level_hits(world: World, sittings: Sequence[Sitting]) -> dict[str, list[bool]]:
+    """Whether each tag names the level of the real cost: those of "answers" and of "skips".
 
-    A problem that the budget cut has no real cost, and is left out.
+    The level of a skip is Level-3 by definition. A problem that the budget cut has no real cost,
+    and is left out.
     """
-    return [segment.level == (world.skip_level if segment.skipped else world.level_of(segment.cost))
-            for s in sittings for segment in s.response.segments
-            if segment.level is not None and segment.answer is not None]
+    hits: dict[str, list[bool]] = {"answers": [], "skips": []}
+    for s in sittings:
+        for segment in s.response.segments:
+            if segment.level is not None and segment.answer is not None:
+                real = world.skip_level if segment.skipped else world.level_of(segment.cost)
+                hits["skips" if segment.skipped else "answers"].append(segment.level == real)
+    return hits
 
 
 def describe(world: World, groups: Sequence[Group]) -> dict[str, float]:
@@ -81,7 +86,7 @@ def describe(world: World, groups: Sequence[Group]) -> dict[str, float]:
         "reward": mean(r for group in groups for r in group.rewards if not math.isnan(r)),
         "score": mean(sum(s.correct) for s in sittings),
         **{f"skip_{tier}": mean(table["skipped"][table["tier"] == tier]) for tier in TIERS},
-        "level_accuracy": mean(level_hits(world, sittings)),
+        "level_accuracy": mean(sum(level_hits(world, sittings).values(), [])),
         "accuracy": mean(answered),
         "tokens": mean(s.response.total for s in sittings),
         "cut": mean(not s.finished for s in sittings),

@@ -117,9 +117,10 @@ def measure(
 ) -> list[dict]:
     """Score and Regret of a tagged model, one record an order and budget.
 
-    The records are those of `exam` with as many papers and this seed, and hold two more of the
-    training log's columns: `skip_by_tier`, and `level_accuracy_uncut` (None: no tag at all). The
-    responses are logged as `logs/NAME.jsonl`, so that a measurement can go on.
+    The records are those of `exam` with as many papers and this seed, and hold three more numbers:
+    `skip_by_tier`; the shares of right tags among answers, `answers_tagged_right`, and among
+    skips, `skips_tagged_right` (None: there are none; see `rarl_loop.level_hits`). The responses
+    are logged as `logs/NAME.jsonl`, so that a measurement can go on.
     """
     if world.dtype != "auto":  # the arithmetic of `exam`
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
@@ -136,12 +137,12 @@ def measure(
         for order in ORDERS:
             table = segment_table(world, sat[order])
             skips = {tier: float(table["skipped"][table["tier"] == tier].mean()) for tier in TIERS}
-            hits = level_hits(world, sat[order])
+            tagged = {f"{what}_tagged_right": float(np.mean(hits)) if hits else None
+                      for what, hits in level_hits(world, sat[order]).items()}
             records.append({"method": name, "order": order, "budget": budget,
                             "n_exams": len(papers), "seed": seed}
                            | summarize(world, sat[order], sat["easy"], seed)
-                           | {"skip_by_tier": skips,
-                              "level_accuracy_uncut": float(np.mean(hits)) if hits else None})
+                           | {"skip_by_tier": skips} | tagged)
     return records
 
 
@@ -163,8 +164,20 @@ def publish(
         parameters=f"{model.num_parameters():,}", steps=recipe.steps, seed=recipe.seed,
         minutes=f"{seconds / 60:.0f}", threads=torch.get_num_threads(),
         recipe=json.dumps(asdict(recipe), indent=1), table=exam_table(list(records)),
-        papers=f"{records[0]['n_exams']:,}", papers_seed=records[0]["seed"])
+        papers=f"{records[0]['n_exams']:,}", papers_seed=records[0]["seed"],
+        tags=tag_table(records))
     write_checkpoint(out, model.float(), log, card, exam=list(records))
+
+
+def tag_table(records: Sequence[dict]) -> str:
+    """What was skipped, and which tags were right, as a Markdown table."""
+    lines = ["| method | budget | order | hard skipped | tags right: answers | skips |",
+             "|---|---|---|---|---|---|"]
+    for r in records:
+        shares = [r["skip_by_tier"]["hard"], r["answers_tagged_right"], r["skips_tagged_right"]]
+        cells = ["--" if share is None else f"{share:.3f}" for share in shares]
+        lines.append(f"| {r['method']} | {r['budget']} | {r['order']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 CARD = """\
@@ -189,4 +202,10 @@ figures come from `python -m roi_lib exam --world {world} --methods mft,rarl --e
 ```
 {table}
 ```
+
+Of the same exams, the share of hard problems skipped, and of tags that are right: those of answers
+by their cost (problems that the budget cut have none and are left out), those of skips if they say
+Level-3. The reward asks for the level of an answer; the tag of a skip it leaves free.
+
+{tags}
 """

@@ -63,7 +63,7 @@ class MFTRecipe:
         bf16: multiply in bfloat16.
         checkpointing: recompute activations in the backward pass, for less memory.
         dev_exams: unseen papers of the training split behind the log's accuracies.
-        card_papers: unseen papers of the test split behind the model card.
+        card_papers: unseen papers of the test split behind the model card; 0: none is measured.
         log_every, save_every: in optimizer steps.
     """
 
@@ -127,7 +127,8 @@ class RARLRecipe:
             Dr. GRPO, ("std", "length") is GRPO.
         max_grad_norm: gradients are clipped to this norm.
         log_every, save_every: steps between printed lines, and between checkpoints.
-        keep: steps after which a copy of the model is kept; 0 is the start.
+        keep: steps after which a copy of the model is kept, where the run comes so far; 0 is the
+            start.
         trl: for TRL's trainer; None: the library's own, for one process and small models.
 
     Raises:
@@ -169,8 +170,8 @@ class RARLRecipe:
             raise ValueError("temperature, learning_rate and max_grad_norm must be above 0")
         if not self.budgets or not self.orders:
             raise ValueError("name at least one budget and one order")
-        if missed := [step for step in self.keep if not 0 <= step <= self.steps]:
-            raise ValueError(f"step {missed[0]} cannot be kept: there are {self.steps} steps")
+        if missed := [step for step in self.keep if step < 0]:
+            raise ValueError(f"step {missed[0]} cannot be kept: the start is step 0")
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,8 @@ def test_F25_hacks_earn_no_more_than_they_solve(tokenizer, exam):
 def test_level_accuracy_leaves_out_what_the_budget_cut(tokenizer, exam):
     whole, = sat(tokenizer, exam, honest(tokenizer, exam))
     cut, = sat(tokenizer, exam, honest(tokenizer, exam), budget=len(whole.ids) - 8)
-    assert level_hits(POCKET, [whole]) == [True] * 3
-    assert level_hits(POCKET, [cut]) == [True] * 2 and not cut.correct[2]
+    assert sum(level_hits(POCKET, [whole]).values(), []) == [True] * 3
+    assert sum(level_hits(POCKET, [cut]).values(), []) == [True] * 2 and not cut.correct[2]
     row = describe(POCKET, [Group((1,), (whole, cut), (3.0, 2.0))])
     assert row["level_accuracy"] == 1
 
@@ -348,12 +348,12 @@ def test_F27_another_precision_shows_and_another_temperature_is_another_policy(t
 def test_exams_follow_from_seed_and_step_alone():
     exams, budget = training_exams(POCKET, POCKET.rarl, 3)
     again, _ = training_exams(POCKET, POCKET.rarl, 3)
-    assert exams == again and len(exams) == 16 and budget == 128
+    assert exams == again and len(exams) == 16 and budget in POCKET.rarl.budgets
     assert exams != training_exams(POCKET, POCKET.rarl, 4)[0]
     assert exams != training_exams(POCKET, replace(POCKET.rarl, seed=1), 3)[0]
     assert {e.order for e in exams} == {"hard", "medium", "easy"}
     budgets = [training_exams(POCKET, replace(POCKET.rarl, exams=1), s)[1] for s in (0, 1, 2)]
-    assert budgets == [64, 128, 64]
+    assert budgets == [64, 128, 128]
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -361,7 +361,7 @@ def test_exams_follow_from_seed_and_step_alone():
     ({"scale": "batch"}, "scale must be one of"), ({"rollouts": 1}, "at least 2 rollouts"),
     ({"orders": (("best", 1.0),)}, "unknown order 'best'"), ({"temperature": 0}, "above 0"),
     ({"budgets": ()}, "at least one budget"),
-    ({"steps": 5, "keep": (0, 6)}, "step 6 cannot be kept: there are 5 steps")])
+    ({"keep": (0, -6)}, "step -6 cannot be kept: the start is step 0")])
 def test_a_bad_recipe_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         replace(POCKET.rarl, **change)
