@@ -6,6 +6,13 @@ float32; 256 rollouts in all. A second measurement has 256 papers and one rollou
 prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike;
 vLLM comes last, in a process of its own. Speeds are medians over the repeats, in response tokens a
 second, prefill included.
+
+Where the time goes: `time_shares` has the parts of a run (where prompts are shared, nearly all of
+it is decoding), `kernel_shares` what the processor does meanwhile. Products with the weights are as
+fast as the processor multiplies; attention reads the keys and values of all rows once a step and is
+bound by memory, which is why `LlamaRows` shares prompts and leaves no gaps. transformers'
+`generate` does more for the same tokens: it copies its whole cache every step, holds a prompt for
+each rollout, and keeps finished rows in the batch.
 """
 
 import json
@@ -99,10 +106,10 @@ def timed(work, *arguments) -> tuple[int, float]:
     return work(*arguments), time.perf_counter() - start
 
 
-def shares(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, float]:
-    """Where the time of one run of the torch engine goes: seconds of its parts."""
-    parts = {"prefill": "_prefill", "choose": "_choose"}
-    seconds = dict.fromkeys(["decode", *parts], 0.0)
+def parts(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, float]:
+    """Shares of one run's time: reading the prompts, decoding, choosing tokens."""
+    methods = {"prefill": "_prefill", "choose": "_choose"}
+    seconds = dict.fromkeys(methods, 0.0)
 
     def clocked(name, function):
         def call(*arguments, **options):
@@ -112,13 +119,26 @@ def shares(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, flo
             return result
         return call
 
-    for name, method in parts.items():
+    for name, method in methods.items():
         setattr(engine, method, clocked(name, getattr(engine, method)))
     total = timed(engine_tokens, engine, requests)[1]
-    for method in parts.values():
+    for method in methods.values():
         delattr(engine, method)
-    seconds["decode"] = total - seconds["prefill"] - seconds["choose"]
+    seconds["decode"] = total - sum(seconds.values())
     return {name: value / total for name, value in seconds.items()}
+
+
+def kernels(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, float]:
+    """Shares of one run's time in kernels: products with weights, attention, all others."""
+    kinds = {"aten::mm": "weights", "aten::addmm": "weights",
+             "aten::bmm": "attention", "aten::_softmax": "attention",
+             "aten::_scaled_dot_product_flash_attention_for_cpu": "attention"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.generate(requests)
+    time_of = dict.fromkeys(["weights", "attention", "other"], 0.0)
+    for row in profile.key_averages():
+        time_of[kinds.get(row.key, "other")] += row.self_cpu_time_total
+    return {kind: value / sum(time_of.values()) for kind, value in time_of.items()}
 
 
 def speeds_of(runs: dict, repeats: int) -> dict[str, list[float]]:
@@ -163,7 +183,8 @@ def bench(repeats: int = 5) -> dict:
             worker.close()
     requests = exam_requests(POCKET, tokenizer, *shapes["shared"])
     return summary(speeds["shared"]) | {
-        "one_rollout_a_paper": summary(speeds["apart"]), "time_shares": shares(engine, requests),
+        "one_rollout_a_paper": summary(speeds["apart"]),
+        "time_shares": parts(engine, requests), "kernel_shares": kernels(engine, requests[:4]),
         "rollouts": ROWS, "budget": BUDGET, "dtype": "float32", "repeats": repeats,
         "threads": torch.get_num_threads()}
 

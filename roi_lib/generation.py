@@ -7,13 +7,15 @@ any other. Here are `TorchGenerator` (any causal language model of transformers)
 OpenAI-compatible servers behind the same interface.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import pad, rms_norm
-from transformers import Cache, CacheLayerMixin
+from transformers import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class BudgetedGenerator:
         return [done[i] for i in range(len(requests))]
 
 
+#: Of models that remember their prompt in another way (Mamba and the like).
+NO_CACHE = ("the torch engine needs a model that keeps the keys and values of its tokens, and a {} "
+            "model does not; --engine vllm may have it")
+
+
 class PreallocatedLayer(CacheLayerMixin):
     """Keys and values of one layer, [rows, heads, capacity, head_dim], allocated once.
 
@@ -105,11 +112,12 @@ class PreallocatedLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor,
-                 capacity: int) -> None:
+    def __init__(self, prefilled: CacheLayerMixin, rows: torch.Tensor, capacity: int) -> None:
         super().__init__()
-        self.keys, self.values = (self._spread(t, rows, capacity) for t in (keys, values))
-        self.length, self.is_initialized = keys.shape[2], True
+        self.keys, self.values = (
+            self._spread(tensor, rows, capacity) for tensor in (prefilled.keys, prefilled.values)
+        )
+        self.length, self.is_initialized = prefilled.keys.shape[2], True
 
     @staticmethod
     def _spread(prefilled: torch.Tensor, rows: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -128,9 +136,9 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Drop all rows but these."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -143,42 +151,54 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class AnyRows:
-    """Rows being decoded with the model's own forward: works for every architecture.
+    """Rows being decoded with the model's own forward: for every architecture with attention.
 
     Args:
         model: the causal language model.
-        prefilled: keys and values of the distinct prompts, padded on the left, layer by layer;
-            both [prompts, heads, width, head_dim].
+        prefilled: caches of its distinct prompts, padded on the left, as `TorchGenerator` reads
+            them; here one.
         mask: 1 for prompt tokens, 0 for padding, [prompts, width].
         source: the prompt of each row.
         longest: response tokens to make room for.
+
+    Raises:
+        ValueError: the model keeps something else than keys and values of its tokens.
     """
 
+    #: Prompt tokens to be read at a time: all.
+    PROMPT_TOKENS = sys.maxsize
+
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
-        width = mask.shape[1]
+        (cache,), width = prefilled, mask.shape[1]
         self.model, self.end, self.position = model, width, mask.sum(1)[source]
-        self.cache = Cache(layers=[PreallocatedLayer(keys, values, source, width + longest)
-                                   for keys, values in prefilled])
-        # Additive mask over the whole capacity: only the padding before a prompt is hidden.
-        self.bias = torch.zeros(len(source), 1, 1, width + longest, dtype=model.dtype,
-                                device=source.device)
-        self.bias[:, 0, 0, :width].masked_fill_(mask[source] == 0, torch.finfo(model.dtype).min)
+        self.mask = torch.cat((mask[source], mask.new_ones(len(source), longest)), 1)
+        self.cache = Cache(layers=[self._layer(layer, source, width + longest)
+                                   for layer in cache.layers])
+
+    def _layer(self, prefilled: CacheLayerMixin, source: torch.Tensor, capacity: int):
+        """One layer's cache with a row each; a sliding window stays as short as it is."""
+        if type(prefilled) is DynamicLayer:
+            return PreallocatedLayer(prefilled, source, capacity)
+        if type(prefilled) is DynamicSlidingWindowLayer:
+            prefilled.batch_select_indices(source)
+            return prefilled
+        raise ValueError(NO_CACHE.format(self.model.config.model_type))
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits after one more token a row, [rows, vocabulary]."""
         self.end += 1
         logits = self.model(
             input_ids=token[:, None], position_ids=self.position[:, None], use_cache=True,
-            attention_mask=self.bias[..., : self.end], past_key_values=self.cache,
+            attention_mask=self.mask[:, : self.end], past_key_values=self.cache,
         ).logits[:, -1]
         self.position = self.position + 1
         return logits
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
-        self.position, self.bias = self.position[kept], self.bias[kept]
+        self.position, self.mask = self.position[kept], self.mask[kept]
         for layer in self.cache.layers:
-            layer.keep(kept)
+            layer.batch_select_indices(kept)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -213,6 +233,8 @@ class LlamaRows:
 
     #: `config.model_type` of the architectures whose layers this forward computes.
     ARCHITECTURES = ("llama", "qwen2")
+    #: Prompt tokens to be read at a time: few enough for a processor's caches.
+    PROMPT_TOKENS = 2_048
     #: Seats are at most this many times the rows.
     SEATS_PER_ROW = 1.125
     #: Tokens by which the room for responses grows.
@@ -227,8 +249,8 @@ class LlamaRows:
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.longest, self.filled = longest, 0
-        self.prompts = [(keys.transpose(0, 1), values.transpose(0, 1))
-                        for keys, values in prefilled]
+        self.prompts = [self._joined(layers, mask.shape[1])
+                        for layers in zip(*(cache.layers for cache in prefilled), strict=True)]
         self.bias = None  # where all prompts have one length, nothing is hidden
         if not mask.all():
             self.bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)[:, None]
@@ -239,6 +261,13 @@ class LlamaRows:
         heads, _, _, size = self.prompts[0][0].shape
         self.own = [tuple(keys.new_empty(heads, len(row_of_seat), 0, size) for _ in range(2))
                     for keys, _ in self.prompts]
+
+    @staticmethod
+    def _joined(layers: Sequence[CacheLayerMixin], width: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one layer for all prompts, [heads, prompts, width, head_dim]."""
+        return tuple(torch.cat([pad(t, (0, 0, width - t.shape[2], 0)) for t in parts]
+                               ).transpose(0, 1)
+                     for parts in zip(*((x.keys, x.values) for x in layers), strict=True))
 
     def _seat(self, source: torch.Tensor) -> torch.Tensor:
         """Seat rows of these prompts; returns the row of each seat."""
@@ -341,8 +370,6 @@ class TorchGenerator(BudgetedGenerator):
 
     #: Finished rows are dropped once they are this share of the batch (dropping copies the rest).
     DROP_SHARE = 0.25
-    #: Prompt tokens read at a time: few enough for a processor's caches, or a device's memory.
-    PREFILL_TOKENS = 2_048
 
     def __init__(self, model, eos_ids: Sequence[int], pad_id: int, max_rows: int = 256) -> None:
         if not eos_ids:
@@ -401,23 +428,13 @@ class TorchGenerator(BudgetedGenerator):
         return logits[source], self.rows(self.model, prefilled, mask, source, longest)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]):
-        """Last logits of distinct prompts, their keys and values by layer, and their mask.
-
-        All are padded on the left to one width; the layers' tensors are as `AnyRows` takes them.
-        """
+        """Last logits of distinct prompts, caches of as many as are read at a time, their mask."""
         width = max(map(len, prompts))
-        at_once = max(1, self.PREFILL_TOKENS // width)
-        logits, masks, layers = [], [], []
-        for start in range(0, len(prompts), at_once):
-            last, cache, mask = self._read(prompts[start : start + at_once])
-            left = width - mask.shape[1]
-            logits.append(last)
-            masks.append(pad(mask, (left, 0)))
-            layers.append([(pad(layer.keys, (0, 0, left, 0)), pad(layer.values, (0, 0, left, 0)))
-                           for layer in cache.layers])
-        prefilled = [tuple(map(torch.cat, zip(*parts, strict=True)))
-                     for parts in zip(*layers, strict=True)]
-        return torch.cat(logits), prefilled, torch.cat(masks)
+        at_once = max(1, self.rows.PROMPT_TOKENS // width)
+        parts = [self._read(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
+        logits, caches, masks = zip(*parts, strict=True)
+        masks = [pad(mask, (width - mask.shape[1], 0)) for mask in masks]
+        return torch.cat(logits), caches, torch.cat(masks)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]):
         """Run some prompts in one pass: last logits, cache, mask, padded on the left."""
@@ -431,6 +448,8 @@ class TorchGenerator(BudgetedGenerator):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
                          use_cache=True, logits_to_keep=1)
+        if getattr(out, "past_key_values", None) is None:
+            raise ValueError(NO_CACHE.format(self.model.config.model_type))
         return out.logits[:, -1], out.past_key_values, mask
 
     def _decode(self, requests, chunk, temperature) -> list[Rollout]:

@@ -68,7 +68,7 @@ def test_F11_neither_desks_nor_room_nor_prompts_at_a_time_change_anything(
     """Groups of 1 to 9 rollouts, many finishing early, so that desks are filled up and redone."""
     requests = [Request(p, 40, (5, i), n=1 + i % 9) for i, p in enumerate(prompts)]
     wanted = ids(TorchGenerator.of(model, tokenizer).generate(requests))
-    monkeypatch.setattr(TorchGenerator, "PREFILL_TOKENS", 250)
+    monkeypatch.setattr(LlamaRows, "PROMPT_TOKENS", 250)
     monkeypatch.setattr(TorchGenerator, "DROP_SHARE", 0.01)
     for seats_per_row in (1.0, 1.5, 9.0):
         monkeypatch.setattr(LlamaRows, "SEATS_PER_ROW", seats_per_row)
@@ -195,6 +195,40 @@ def test_the_forward_of_our_own_is_that_of_the_model(tokenizer, prompts, kind, t
     ours = generator.generate(requests, temperature)
     generator.rows = AnyRows
     assert ids(ours) == ids(generator.generate(requests, temperature))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt2", "qwen3"])
+def test_any_architecture_with_attention(tokenizer, prompts, kind):
+    """Sliding windows shorter than the prompts, learned positions, norms of queries: like theirs.
+
+    The model itself is the judge: it reads prompt and response anew for each token.
+    """
+    torch.manual_seed(0)
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 2} if kind == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    window = {"sliding_window": 8} if kind in ("mistral", "gemma3_text") else {}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), eos_token_id=3, pad_token_id=0,
+                                  bos_token_id=3, **names, **window)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(std=0.3)
+    generator = TorchGenerator.of(model, tokenizer)
+    assert generator.rows is AnyRows
+    for prompt, (rollout,) in zip(prompts[:6], generator.generate(
+            [Request(p, 12 + i) for i, p in enumerate(prompts[:6])], 0), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + rollout.ids]), use_cache=False).logits[0]
+        assert rollout.ids == tuple(logits.argmax(-1)[len(prompt) - 1 : -1].tolist())
+
+
+def test_a_model_without_keys_and_values_is_refused(tokenizer, prompts):
+    config = AutoConfig.for_model("mamba", vocab_size=len(tokenizer), hidden_size=16,
+                                  num_hidden_layers=1, eos_token_id=3)
+    generator = TorchGenerator.of(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    with pytest.raises(ValueError, match="a mamba model does not; --engine vllm"):
+        generator.generate([Request(prompts[0], 5)])
 
 
 def test_F26_new_weights_count_at_once(model, tokenizer, prompts):
