@@ -338,15 +338,27 @@ def token_weights(world: World, tokenizer, recipe: MFTRecipe) -> torch.Tensor | 
     """
     if recipe.tag_weight == 1:
         return None
-    tags = [tokenizer(tag(level), add_special_tokens=False).input_ids
-            for level in range(world.skip_level + 1)]
-    levels = [set(ids) - set(tags[0] if ids is not tags[0] else tags[1]) for ids in tags]
-    if any(len(ids) != 1 for ids in levels) or len(set.union(*levels)) != len(tags):
-        raise ValueError("tag_weight needs a tokenizer with one token for each level; "
-                         "give --set tag_weight=1")
     weights = torch.ones(len(tokenizer))
-    weights[list(set.union(*levels))] = recipe.tag_weight
+    for level in range(world.skip_level + 1):
+        word = tokenizer(f"Level-{level}", add_special_tokens=False).input_ids
+        inside = tokenizer(tag(level), add_special_tokens=False).input_ids
+        if len(word) > 1 or word[0] not in inside or weights[word[0]] != 1:
+            raise ValueError("tag_weight needs a tokenizer with one token for each level; "
+                             "give --set tag_weight=1")
+        weights[word[0]] = recipe.tag_weight
     return weights
+
+
+def check_recipe(world: World, tokenizer, recipe: MFTRecipe) -> None:
+    """Refuse at once what would otherwise fail after hours of sampling.
+
+    Raises:
+        ValueError: unknown `keep`, or a tokenizer that goes with no tag or no `tag_weight`.
+    """
+    if recipe.keep not in KEEP:
+        raise ValueError(f"keep must be one of {', '.join(KEEP)}, not {recipe.keep!r}")
+    tag_tokens(world, tokenizer)
+    token_weights(world, tokenizer, recipe)
 
 
 class TagTrainer(SFTTrainer):
@@ -514,10 +526,11 @@ def run(
         ValueError: `work` holds a run of another recipe or model, or another process is at it.
     """
     checkpoint = checkpoint or world.method("base").checkpoint
+    tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
+    check_recipe(world, tokenizer, recipe)
     with folder_lock(work):
         same_recipe(work, asdict(recipe) | {"world": world.name, "model": model_hash(checkpoint)})
         begin = time.monotonic()
-        tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
         problems = training_problems(world, recipe.problems, recipe.seed, root)
         base = make_engine(engine, checkpoint, tokenizer, "auto")  # as it was trained
         log = RunLog(work / "samples.jsonl", {
@@ -534,15 +547,17 @@ def run(
         model = fine_tune(world, tokenizer, model, rows, recipe, work, root)
         minutes = (time.monotonic() - begin) / 60
         tokens = sum(map(len, rows))
-        papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1, root=root)
-        tagged = TorchGenerator.of(model.to(base.model.dtype) if engine == "torch" else model,
-                                   tokenizer)
-        result = calibrate(world, tokenizer, base, tagged, papers, recipe.samples, recipe.seed + 1)
-        card = model_card(out.name, world, checkpoint, recipe, targets, result,
+        documents = {"labels": label_statistics(targets)}
+        if recipe.card_papers:
+            papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1, root=root)
+            tagged = TorchGenerator.of(model.to(base.model.dtype) if engine == "torch" else model,
+                                       tokenizer)
+            documents["calibration"] = calibrate(world, tokenizer, base, tagged, papers,
+                                                 recipe.samples, recipe.seed + 1)
+        card = model_card(out.name, world, checkpoint, recipe, documents,
                           f"{len(rows):,} rows, {tokens / 1e6:.1f} million tokens, "
                           f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
-        write_checkpoint(out, model.float(), work / "log.csv", card,
-                         labels=label_statistics(targets), calibration=result)
+        write_checkpoint(out, model.float(), work / "log.csv", card, **documents)
 
 
 def as_table(rows: Sequence[dict]) -> str:
@@ -552,17 +567,21 @@ def as_table(rows: Sequence[dict]) -> str:
                      for line in lines)
 
 
-def model_card(name, world, checkpoint, recipe, targets, result, made) -> str:
+def model_card(name, world, checkpoint, recipe, documents, made) -> str:
     """The README of the checkpoint."""
+    card = CARD.format(name=name, checkpoint=checkpoint, tokenizer=world.tokenizer, made=made,
+                       world=world.name, recipe=json.dumps(asdict(recipe), indent=1),
+                       labels=as_table(documents["labels"]))
+    if "calibration" not in documents:
+        return card + "\nNot measured (`card_papers=0`).\n"
+    result = documents["calibration"]
     knows = [{"tier": tier,
               **{f"tag right at {n}": x for n, x in enumerate(result["tag_accuracy"][tier], 1)},
               "right, base": result["answer_accuracy"][tier]["base"],
               "right, MFT": result["answer_accuracy"][tier]["mft"],
               "skipped": result["skip_rate"][tier], "Level-3 labels": result["refused"][tier]}
              for tier in TIERS]
-    return CARD.format(name=name, checkpoint=checkpoint, tokenizer=world.tokenizer, made=made,
-                       world=world.name, recipe=json.dumps(asdict(recipe), indent=1),
-                       labels=as_table(label_statistics(targets)), knows=as_table(knows), **result)
+    return card + MEASURED.format(knows=as_table(knows), **result)
 
 
 CARD = """\
@@ -581,7 +600,9 @@ solves it or skips it. Tokenizer: `{tokenizer}`. Licence: MIT, as the repository
 share of samples that are right within the top level:
 
 {labels}
+"""
 
+MEASURED = """
 **Measured** on {papers} unseen papers (seed {seed}), the three orders in turn, temperature 1,
 ample budget (`calibration.json`): share of right tags among problems tried, by position; share of
 right answers; share skipped beside the share that {samples} samples of the base would have refused.

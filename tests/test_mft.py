@@ -1,5 +1,6 @@
 """MFT: labels, rows, training that can be continued, calibration, and what must be refused."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -9,14 +10,16 @@ import torch
 from conftest import TINY
 
 from roi_lib import mft
-from roi_lib.__main__ import change
+from roi_lib.__main__ import change, main
+from roi_lib.checkpoints import load_model, load_tokenizer, verify_folder
 from roi_lib.evaluation import reference_generator, segment_table, sit
 from roi_lib.exams import Exam, draw_papers, parse_response, reference_response
 from roi_lib.generation import ReplayGenerator
 from roi_lib.mft import Sample, Target
 from roi_lib.pretrain import new_model
+from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.tokenizer import train_bpe
-from roi_lib.worlds import PAPER, POCKET, TIERS
+from roi_lib.worlds import ORDERS, PAPER, POCKET, TIERS
 
 SMALL = replace(POCKET.mft, problems=8, exams=8, rows=4, rows_at_once=2, dev_exams=2, log_every=2,
                 save_every=2)
@@ -96,6 +99,61 @@ def test_a_tokenizer_that_splits_the_tag_badly(tokenizer):
     assert mft.tag_tokens(POCKET, tokenizer) == 3
     with pytest.raises(ValueError, match="splits the level tags badly"):
         mft.tag_tokens(POCKET, longer)
+
+
+def test_a_tokenizer_that_does_not_give_the_tag_back(tokenizer):
+    def tokenize(words, **options):
+        return tokenizer(words, **options)
+    tokenize.decode = lambda ids, **options: tokenizer.decode(ids, **options).replace("-", "")
+    with pytest.raises(ValueError, match="<predicted_level>Level-0</predicted_level> reads"):
+        mft.tag_tokens(POCKET, tokenize)
+
+
+def test_levels_weigh_more_than_other_tokens(tokenizer):
+    weights = mft.token_weights(POCKET, tokenizer, replace(SMALL, tag_weight=7.0))
+    heavy = weights.nonzero()[:, 0][weights == 7].tolist()
+    assert tokenizer.convert_ids_to_tokens(sorted(heavy)) == [f"Level-{k}" for k in range(4)]
+    assert len(weights) == len(tokenizer) and (weights == 1).sum() == len(tokenizer) - 4
+    assert mft.token_weights(POCKET, tokenizer, replace(SMALL, tag_weight=1.0)) is None
+
+
+def test_a_level_of_several_tokens_cannot_weigh_more(tokenizer):
+    """In a BPE its digit is a token, but that of every number as well."""
+    words = load_tokenizer("gsm8k-bpe")
+    assert mft.token_weights(PAPER, words, PAPER.mft) is None
+    message = "one token for each level; give --set tag_weight=1"
+    with pytest.raises(ValueError, match=message):
+        mft.token_weights(PAPER, words, replace(PAPER.mft, tag_weight=2.0))
+    beyond = replace(POCKET, level_edges=(*POCKET.level_edges, 256, 512))  # Level-4 is unknown
+    with pytest.raises(ValueError, match=message):
+        mft.token_weights(beyond, tokenizer, SMALL)
+
+
+@pytest.mark.parametrize("weight", [1.0, 5.0])
+def test_loss_of_a_batch_by_hand(tokenizer, targets, tmp_path, weight):
+    """Two rows: nats of the response tokens, levels times the weight, over what is learned."""
+    recipe = replace(SMALL, tag_weight=weight)
+    rows = [mft.make_row(POCKET, tokenizer, targets[i : i + n], 64) for i, n in ((0, 3), (9, 1))]
+    model = new_model(tokenizer, TINY)
+    trainer = mft.TagTrainer(
+        model, mft.sft_config(replace(recipe, bf16=False), tmp_path), processing_class=tokenizer,
+        train_dataset=mft.as_dataset(rows),
+        token_weights=mft.token_weights(POCKET, tokenizer, recipe))
+    total, learned = 0.0, 0
+    levels = set(tokenizer.convert_tokens_to_ids([f"Level-{k}" for k in range(4)]))
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.prompt + row.response])).logits[0]
+        for place, token in enumerate(row.response, start=len(row.prompt)):
+            nats = -torch.log_softmax(logits[place - 1], -1)[token]
+            total += float(nats) * (weight if token in levels else 1)
+            learned += 1
+    batch = trainer.data_collator(list(mft.as_dataset(rows)))
+    for items, truth in ((None, total / learned), (torch.tensor(400), total / 400)):
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        assert float(loss.detach()) == pytest.approx(truth, rel=1e-5)
+    assert [len(row.levels) for row in rows] == [3, 1] and learned == sum(
+        len(row.response) for row in rows)
 
 
 def test_levels_of_a_row_are_those_a_sitting_finds(tokenizer, targets):
@@ -183,7 +241,7 @@ def test_a_work_folder_of_another_recipe_is_refused(tmp_path):
 def test_calibration_of_a_writer_who_knows_himself(tokenizer):
     """Replays with exact tags: every tag is right, and nothing is skipped that can be solved."""
     papers = draw_papers(POCKET, 12, seed=3)
-    exams = [Exam(mft.order_problems(p, "medium", f"0/{i}"), "medium")
+    exams = [Exam(mft.order_problems(p, ORDERS[i % 3], f"0/{i}"), ORDERS[i % 3])
              for i, p in enumerate(papers)]
     ample = mft.ample_budget(POCKET, exams)
     problems = [p for exam in exams for p in exam.problems]
@@ -249,3 +307,121 @@ def test_paper_world_rows_train_with_adapters(real_data, tmp_path):
     table = segment_table(PAPER, sit(PAPER, tokenizer, mft.TorchGenerator.of(after, tokenizer), [
         Exam(tuple(problems[:1]), "easy")], 60, "roi"))
     assert table["cost"][0] <= 60
+
+
+# ---------------------------------------------------------------- the command
+QUICK = ["samples=1", "exams=8", "rows=4", "rows_at_once=2", "dev_exams=1", "save_every=2",
+         "card_papers=0"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Folders of tiny random models, a world each."""
+    folders = {}
+    for world in (POCKET, PAPER):
+        folders[world.name] = tmp_path_factory.mktemp("start") / "tiny"
+        new_model(load_tokenizer(world.tokenizer), TINY).save_pretrained(folders[world.name])
+    return folders
+
+
+def header(world, model, seed=0):
+    return {"world": world.name, "method": "rejection sampling", "model": model_hash(str(model)),
+            "seed": seed}
+
+
+def sampled(world, path, head, count, root=None):
+    """Write the samples of a run into its cache: a random model has no right ones of its own."""
+    tokenizer = load_tokenizer(world.tokenizer)
+    problems = mft.training_problems(world, count, root=root)
+    exams = [Exam((p,), "easy") for p in problems]
+    writer = reference_generator(world, tokenizer, exams, [world.level_edges[-1]], "direct")
+    path.mkdir(parents=True)
+    log = RunLog(path / "samples.jsonl", head)
+    mft.rejection_sample(world, tokenizer, LoggedGenerator(writer, log), problems, 1)
+
+
+def command(world, start, tmp_path, *settings, root=None):
+    options = [x for setting in (*QUICK, *settings) for x in ("--set", setting)]
+    main(["train", "mft", "--world", world.name, "--model", str(start[world.name]), "--work",
+          str(tmp_path / "work"), "--out", str(tmp_path / "out"), *options,
+          *(["--data", str(root)] if root else [])])
+
+
+def refused(capsys, tmp_path, *arguments):
+    """The one sentence of a refusal; the earlier checkpoint and whatever is in work stay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"earlier")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json*") if p.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        command(*arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("error: ") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"earlier"
+    assert all(p.read_bytes() == content for p, content in before.items())
+    return error
+
+
+def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path):
+    sampled(POCKET, tmp_path / "work", header(POCKET, start["pocket"]), 8)
+    command(POCKET, start, tmp_path, "problems=8", "log_every=4")
+    verify_folder(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--world pocket`: 32 rows" in card and card.endswith("Not measured (`card_papers=0`).\n")
+    assert [r["problems"] for r in json.loads((tmp_path / "out" / "labels.json").read_text())] == [
+        r["problems"] for r in json.loads((tmp_path / "work" / "labels.json").read_text())]
+    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 3  # head, steps 4 and 8
+    first = load_model(str(tmp_path / "out"), "float32").state_dict()
+    # killed before the checkpoint was in place, the same command ends with the same weights
+    (tmp_path / "out").rename(tmp_path / "first")
+    command(POCKET, start, tmp_path, "problems=8", "log_every=4")
+    again = load_model(str(tmp_path / "out"), "float32").state_dict()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    before = load_model(str(start["pocket"]), "float32").state_dict()
+    assert not torch.equal(first["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_paper_command_on_real_rows(start, tmp_path, real_data):
+    """GSM8K, MATH and AIME through the whole command: cache, labels, LoRA, bf16, checkpoint."""
+    sampled(PAPER, tmp_path / "work", header(PAPER, start["paper"]), 4, real_data)
+    command(PAPER, start, tmp_path, "problems=4", "exams=4", "log_every=4", "lora_rank=2",
+            root=real_data)
+    verify_folder(tmp_path / "out")
+    before, after = (load_model(str(folder), "float32").state_dict()
+                     for folder in (start["paper"], tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("_proj" in name for name in changed)
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert [row["family"] for row in labels] == ["gsm8k", "math", "aime"]
+    assert labels[0]["solve_rate"] > 0 and sum(row["problems"] for row in labels) == 12
+    assert (tmp_path / "out" / "log.csv").read_text().splitlines()[1].startswith("4,")
+
+
+def test_no_right_sample_ends_the_command(start, tmp_path, capsys):
+    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
+    assert "not one of 3 sampled answers is right" in error
+
+
+@pytest.mark.parametrize("changed", [{"model": "another"}, {"world": "paper"}, {"seed": 1}])
+def test_samples_of_another_run_are_refused(start, tmp_path, capsys, changed):
+    sampled(POCKET, tmp_path / "work", header(POCKET, start["pocket"]) | changed, 1)
+    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
+    key, = changed
+    assert f"samples.jsonl is the log of another run: its {key} is" in error
+
+
+def test_a_work_folder_of_another_model_is_refused(start, tmp_path, capsys):
+    (tmp_path / "work").mkdir()
+    mft.same_recipe(tmp_path / "work", {"model": "another"})
+    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
+    assert "holds a run with another" in error and "model" in error
+
+
+@pytest.mark.parametrize(("world", "setting", "message"), [
+    (POCKET, "keep=longest", "keep must be one of shortest, median, not 'longest'"),
+    (PAPER, "tag_weight=3", "one token for each level; give --set tag_weight=1"),
+])
+def test_a_bad_recipe_is_refused_before_anything_is_written(start, tmp_path, capsys, world,
+                                                            setting, message):
+    assert message in refused(capsys, tmp_path, world, start, tmp_path, setting)
+    assert not (tmp_path / "work").exists()

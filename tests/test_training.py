@@ -1,11 +1,13 @@
 """What training runs share: the log that goes on, and the folder kept to one process."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from roi_lib.training import TrainingLog, folder_lock
+from roi_lib.training import Together, TrainingLog, folder_lock, muon_and_adamw
 
 
 def test_a_continued_log_repeats_no_step(tmp_path):
@@ -35,3 +37,64 @@ def test_F5_two_processes_never_share_a_folder(tmp_path):
             pass
     third = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert third.stdout == "held\n"
+
+
+def steps(model, optimizer, scheduler, count, seed):
+    """Some updates on random batches."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, generator=draw)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def pair(model):
+    """Muon and AdamW as one, and a scheduler that halves both rates at each step."""
+    muon, adamw = muon_and_adamw(model, 0.02, 0.005)
+    optimizer = Together([adamw, muon])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+
+
+def test_two_optimizers_as_one_do_what_they_do_alone():
+    model, twin = small_model(), small_model()
+    optimizer, scheduler = pair(model)
+    steps(model, optimizer, scheduler, 1, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    twin(torch.randn(8, 4, generator=draw)).square().sum().backward()
+    for one in muon_and_adamw(twin, 0.02, 0.005):
+        one.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [g["lr"] for one in optimizer.optimizers for g in one.param_groups] == [0.0025, 0.01]
+
+
+def test_F3_two_optimizers_go_on_from_their_states():
+    """After loading, too, a scheduler's rates reach the optimizers that make the steps."""
+    whole = small_model()
+    optimizer, scheduler = pair(whole)
+    steps(whole, optimizer, scheduler, 3, seed=1)
+    kept = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    steps(whole, optimizer, scheduler, 3, seed=2)
+
+    model = small_model()
+    again, rates = pair(model)
+    for part, state in zip((model, again, rates), kept, strict=True):
+        part.load_state_dict(state)
+    steps(model, again, rates, 3, seed=2)
+    assert [g["lr"] for one in again.optimizers for g in one.param_groups] == [
+        0.005 / 64, 0.02 / 64]
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_states_of_other_optimizers_are_refused():
+    optimizer, _ = pair(small_model())
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict({"optimizers": state["optimizers"][:1]})
