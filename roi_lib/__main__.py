@@ -378,7 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--problems", type=Path, help="JSON Lines of {problem, answer, tier}")
     command.add_argument("--papers", type=Path, help="sit this manifest's papers, with its seed")
     command.add_argument("--write-papers", type=Path, help="write the papers' manifest (JSON)")
-    command.add_argument("--samples", type=int, default=8,
+    command.add_argument("--samples", type=int, default=4,
                          help="attempts a problem behind the method optimal, a multiple of 4")
     command.add_argument("--tokenizer", help="folder or hub id, where it is not the checkpoint's")
     add_engine_options(command)

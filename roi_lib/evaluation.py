@@ -22,10 +22,17 @@ import numpy as np
 
 from roi_lib.exams import Exam, order_problems, reference_response
 from roi_lib.generation import BudgetedGenerator
-from roi_lib.methods import EngineChoice, Rational, Sat, Setting, sit_method, sit_methods
+from roi_lib.methods import (  # noqa: F401 - some for those who import them from here
+    EngineChoice,
+    Rational,
+    Sat,
+    Setting,
+    sit_method,
+    sit_methods,
+)
 from roi_lib.problems import Problem
 from roi_lib.rational import Bound
-from roi_lib.sitting import (
+from roi_lib.sitting import (  # noqa: F401 - likewise
     Sitting,
     check_budget,
     confusion,
@@ -35,10 +42,6 @@ from roi_lib.sitting import (
     smallest_budget,
 )
 from roi_lib.worlds import ORDERS, TIERS, World
-
-__all__ = ["EngineChoice", "Rational", "Sat", "Setting", "Sitting", "check_budget", "confusion",
-           "reference_generator", "segment_table", "sit", "sit_method", "sit_methods",
-           "smallest_budget"]
 
 BOOTSTRAP_RESAMPLES = 2_000
 

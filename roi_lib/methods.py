@@ -13,6 +13,7 @@ those are sat, as one exam, in the order of the paper.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -214,6 +215,7 @@ def sit_methods(
 
     Raises:
         ValueError: see `sit_method`; names and checkpoints are checked before any exam is sat.
+        ChildProcessError: a worker was killed.
     """
     names = list(dict.fromkeys(names))
     checkpoints = [setting.checkpoint(name) for name in names]
@@ -232,6 +234,9 @@ def sit_methods(
         wait(running.values(), return_when=FIRST_EXCEPTION)
         begun = [future for future in running.values() if not future.cancel()]
         for error in filter(None, (future.exception() for future in begun)):
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError("a worker process was ended from outside, perhaps for lack "
+                                        "of memory; try --workers 1") from error
             raise error
         return [result for job in jobs for result in running[job].result()]
 

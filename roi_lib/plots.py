@@ -416,6 +416,22 @@ class LiveCurves:
         return training_curves({"run": self.rows}, self.columns, window)
 
 
+def stacked_bars(labels, parts, xlabel, ylabel):
+    """A bar a label, of parts that add up to at most 1: {name: one share per label}; a Figure."""
+    fig, ax = plt.subplots()
+    left = np.zeros(len(labels))
+    styles = zip(LIGHT, HATCHES, strict=True)
+    for (name, shares), (color, hatch) in zip(parts.items(), styles, strict=False):
+        ax.bar(range(len(labels)), shares, 0.7, left, color=color, hatch=hatch,
+               edgecolor="#555555", label=name)
+        left += shares
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
+    ax.grid(axis="x", visible=False)
+    _legend_above(fig, ax)
+    return fig
+
+
 def interval_dots(panels, xlabel):
     """Values with intervals, a row a label, panels side by side; a Figure.
 
@@ -541,11 +557,11 @@ def token_lengths(columns, budget, order):
     """Tokens spent on the problems that were tried, a panel a tier, a row a method; a Figure.
 
     `columns` is {method: `rollouts.load_columns`}. A line from the 5 to the 95 % percentile, a bar
-    over the middle half, the median as a dot; on the right, how many were tried, skipped, or got
-    no word because nothing was left.
+    over the middle half, the median as a dot; on the right, how many were tried, skipped, or met
+    a budget run dry.
     """
     tiers = ("easy", "medium", "hard")
-    fig, axes = plt.subplots(len(tiers), 1, sharex=True,
+    fig, axes = plt.subplots(len(tiers), 1, sharex=True, layout="constrained",
                              figsize=(WIDTH, 1.0 + len(tiers) * (0.45 + 0.3 * len(columns))))
     for ax, tier in zip(axes, tiers, strict=True):
         for y, (method, c) in enumerate(columns.items()):
@@ -559,15 +575,18 @@ def token_lengths(columns, budget, order):
                 ax.plot(p50, y, "o", color=color, markeredgecolor="white")
             shares = [f"{x.sum() / here.sum():.0%}" for x in (
                 tried, skipped, here & ~tried & ~skipped)]
-            for share, x in zip(shares, (1.1, 1.24, 1.36), strict=True):
-                ax.text(x, y, share, transform=ax.get_yaxis_transform(), ha="right", va="center")
+            for share, x in zip(shares, (1.1, 1.22, 1.31), strict=True):
+                ax.text(x, y, share, transform=ax.get_yaxis_transform(), ha="right", va="center",
+                        in_layout=False)
         ax.axvline(budget, color="black", linestyle="--", linewidth=1.2)
         ax.set_yticks(range(len(columns)), [method_look(name)[0] for name in columns])
         ax.set(title=f"{tier} problems", ylim=(len(columns) - 0.4, -0.6))
         ax.set_xlim(left=0)
         ax.grid(axis="y", visible=False)
-    for x, word in zip((1.1, 1.24, 1.36), ("tried", "skipped", "no word"), strict=True):
-        axes[0].text(x, 1.04, word, transform=axes[0].transAxes, ha="right", fontsize=9)
+    for x, word in zip((1.1, 1.22, 1.31), ("tried", "skipped", "dry"), strict=True):
+        axes[0].text(x, 1.04, word, transform=axes[0].transAxes, ha="right", fontsize=9,
+                     in_layout=False)
+    fig.get_layout_engine().set(rect=(0, 0, 0.8, 1))  # the rest is for the three columns
     axes[-1].set_xlabel(f"tokens of a problem that was tried (dashed: the budget of {budget})")
     return fig
 

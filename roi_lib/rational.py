@@ -32,7 +32,7 @@ from roi_lib.problems import Problem
 from roi_lib.sitting import sit, smallest_budget
 from roi_lib.worlds import SKIP_ANSWER, World
 
-SAMPLES = 8  # attempts a problem
+SAMPLES = 4  # attempts a problem
 FOLDS = 4
 SEED_SHIFT = 1_000_003  # attempts and exams draw from different random streams
 

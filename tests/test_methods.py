@@ -1,6 +1,7 @@
 """Methods: Greedy Knapsack step by step, workers, and what is refused before anything is sat."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +132,19 @@ def test_an_error_in_a_worker_comes_back():
     setting = Setting(POCKET, draw_papers(POCKET, 2), temperature=-1.0)
     with pytest.raises(ValueError, match="temperature must be 0"):
         sit_methods(setting, ["base"], [16, 24], workers=2)
+
+
+class Deadly:
+    """Whoever unpickles it dies."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_killed_worker_is_told():
+    setting = Setting(POCKET, draw_papers(POCKET, 1), tokenizer=Deadly())
+    with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
+        sit_methods(setting, ["base"], [16], workers=2)
 
 
 def test_a_method_without_its_checkpoint():
