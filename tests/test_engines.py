@@ -1,5 +1,6 @@
 """vLLM, OpenAI-compatible servers (well-behaved and not), run logs: the budget holds in all."""
 
+import copy
 import json
 import os
 import socket
@@ -11,16 +12,18 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from roi_lib import engines
 from roi_lib.__main__ import main
 from roi_lib.checkpoints import load_model, load_tokenizer, locate
 from roi_lib.engines import OpenAIGenerator, Usage, VLLMGenerator, make_engine, vllm_installed
 from roi_lib.evaluation import sit
-from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt
+from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
 from roi_lib.generation import ReplayGenerator, Request, Rollout, TorchGenerator, within_budget
 from roi_lib.runlog import LoggedGenerator, Progress, RunLog, model_hash
-from roi_lib.worlds import POCKET
+from roi_lib.worlds import DATA, POCKET
 
 KEY = "sk-test-0123456789"
 needs_vllm = pytest.mark.skipif(not vllm_installed(), reason=engines.INSTALL_VLLM)
@@ -328,6 +331,27 @@ def test_exam_runs_are_resumed_and_replayed(capsys, tmp_path):
     assert "its seed is 0, not 1" in capsys.readouterr().err
 
 
+def test_any_causal_language_model_with_a_chat_template_sits(tokenizer, capsys, tmp_path):
+    """`--model` takes a folder of somebody else's: another architecture, its own template."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=1, num_attention_heads=2, eos_token_id=3, pad_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    theirs = copy.deepcopy(tokenizer)
+    theirs.chat_template = "{{ messages[0]['content'] }} <|im_end|> "
+    theirs.save_pretrained(tmp_path / "theirs")
+    main(["exam", "--exams", "2", "--budgets", "64", "--model", str(tmp_path / "theirs"),
+          "--log", str(tmp_path)])
+    assert "base                64 hard" in capsys.readouterr().out
+    rows = [json.loads(row) for row in (tmp_path / "base-64.jsonl").read_text().splitlines()[1:]]
+    assert len(rows) == 2 * 3
+    exam = Exam(draw_papers(POCKET, 2, seed=0)[0], "easy")
+    words = exam_prompt(POCKET, exam, 64)
+    assert tokenizer.decode(encode_prompt(theirs, words)).startswith("Budget")
+    assert all(1 <= len(r["ids"]) <= 64 for row in rows for r in row["rollouts"])
+
+
 def test_exam_reports_failures_and_costs(server, capsys):
     server.plan = ["500"] * 2
     main(["exam", "--exams", "2", "--budgets", "64", "--engine", "openai", "--base-url", server.url,
@@ -340,6 +364,23 @@ def test_exam_reports_failures_and_costs(server, capsys):
 def test_unknown_engine(tokenizer):
     with pytest.raises(ValueError, match="choose from torch, vllm, openai, replay"):
         make_engine("abacus", "pocket-base", tokenizer)
+
+
+def test_the_recorded_logs_of_notebook_03_are_those_of_this_model():
+    """Where vLLM is not installed, the notebook compares these with the torch engine's tokens."""
+    tokenizer = load_tokenizer(POCKET.tokenizer)
+    engine = TorchGenerator.of(load_model("pocket-base", "float32"), tokenizer)
+    papers = draw_papers(POCKET, 4, seed=0)
+    exams = [Exam(order_problems(paper, order, f"0/{i}"), order)
+             for order in ("easy", "medium", "hard") for i, paper in enumerate(papers)]
+    requests = [Request(tuple(encode_prompt(tokenizer, exam_prompt(POCKET, e, 64))), 64)
+                for e in exams]
+    expected = {r[0].ids for r in engine.generate(requests, temperature=0)}
+    for name in ("vllm", "openai"):
+        lines = (DATA / "engine-logs" / name / "base-64.jsonl").read_text().splitlines()
+        run, *rows = map(json.loads, lines)
+        assert run["run"]["engine"] == name and run["run"]["model"] == model_hash("pocket-base")
+        assert {tuple(row["rollouts"][0]["ids"]) for row in rows} == expected
 
 
 # ---------------------------------------------------------------- the real vLLM

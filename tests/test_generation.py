@@ -143,6 +143,26 @@ def test_F6_bad_requests(budget, n, prompt):
         Request(prompt, budget, n=n)
 
 
+def test_F6_a_budget_of_one_token(model, generator, prompts):
+    rollouts = [r for g in generator.generate([Request(p, 1, n=5) for p in prompts]) for r in g]
+    assert all(len(r.ids) == 1 for r in rollouts)
+    end = rollouts[0].ids[0]  # for a model that ends with this token, one is enough
+    ends = TorchGenerator(model, [end], 0).generate([Request(p, 1, n=5) for p in prompts])
+    again = [r for g in ends for r in g]
+    assert [r.ids for r in again] == [r.ids for r in rollouts]
+    assert [r.finished for r in again] == [r.ids == (end,) for r in rollouts]
+
+
+def test_F10_no_token_is_forced(model, generator, prompts):
+    """Each id is the model's own choice after what precedes it, the last before the cut too."""
+    groups = generator.generate([Request(p, 4 + i % 5) for i, p in enumerate(prompts)], 0)
+    assert not all(rollout.finished for rollout, in groups), "some are cut by the budget"
+    for prompt, (rollout,) in zip(prompts, groups, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + rollout.ids])).logits[0]
+        assert rollout.ids == tuple(logits.argmax(-1)[len(prompt) - 1 : -1].tolist())
+
+
 def test_negative_temperature(generator, prompts):
     with pytest.raises(ValueError, match="temperature must be 0"):
         generator.generate([Request(prompts[0], 5)], temperature=-1)
