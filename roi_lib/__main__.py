@@ -471,8 +471,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(commands, "moments", moments)
     command.add_argument("--world", default="pocket", help="pocket or paper")
     command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
-    command.add_argument("--work", type=Path, default=Path("runs/rarl"),
-                         help="the --work of `train rarl`, which holds the kept models")
+    command.add_argument("--work", type=Path, nargs="+", default=[Path("runs/rarl")],
+                         help="the --work of `train rarl`, which holds the kept models; several, "
+                         "where a shorter run of the same recipe kept more of the beginning")
     command.add_argument("--papers", type=int, default=200, help="unseen papers, in all orders")
     command.add_argument("--seed", type=int, default=1, help="of papers and sampling")
     command.add_argument("--out", type=Path, required=True, help="JSON file")

@@ -30,17 +30,25 @@ RULE = ("the first unseen paper in the hard order under the smallest budget on w
         "the first kept step, decoding greedily, spends the whole budget on the first problem")
 
 
-def kept_models(work: Path) -> dict[int, Path]:
-    """Step -> folder of the models below `work/kept`, earliest first.
+def kept_models(works: Sequence[Path]) -> dict[int, Path]:
+    """Step -> folder of the models below `WORK/kept`, earliest first.
+
+    Several work folders are of one recipe and seed, for instance a short run that kept every
+    model of the beginning: what a step does hangs on neither the number of steps nor `keep`.
 
     Raises:
-        ValueError: the run kept none.
+        ValueError: there are none, or two runs had different starts.
     """
-    folders = sorted((work / "kept").glob("step-*"))
+    starts = {json.loads((work / "recipe.json").read_text())["start"] for work in works}
+    if len(starts) > 1:
+        raise ValueError(f"the runs {', '.join(map(str, works))} had different starts; name runs "
+                         "of one recipe and seed")
+    folders = {int(folder.name.split("-")[1]): folder
+               for work in works for folder in (work / "kept").glob("step-*")}
     if not folders:
-        raise ValueError(f"{work} has no kept models; name the --work of a `train rarl` whose "
+        raise ValueError(f"{works[0]} has no kept models; name the --work of a `train rarl` whose "
                          "recipe keeps some (--set keep=0,20,40)")
-    return {int(folder.name.split("-")[1]): folder for folder in folders}
+    return dict(sorted(folders.items()))
 
 
 def first_dry(
@@ -113,7 +121,7 @@ def hard_problems(world: World, sittings: Sequence[Sitting]) -> list[dict]:
 
 
 def moments(
-    world: World, work: Path, n_papers: int = 200, seed: int = PAPERS_SEED,
+    world: World, works: Sequence[Path], n_papers: int = 200, seed: int = PAPERS_SEED,
     root: Path | None = None,
 ) -> dict:
     """One exam, and the hard problems of many, under every model that a run kept; JSON-ready.
@@ -125,7 +133,7 @@ def moments(
         ValueError: no kept models, or no exam that fits `RULE`.
         CheckpointError: a kept model is not whole.
     """
-    folders, tokenizer = kept_models(work), load_tokenizer(world.tokenizer)
+    folders, tokenizer = kept_models(works), load_tokenizer(world.tokenizer)
     papers = draw_papers(world, n_papers, seed=seed, root=root)
     orders = [[Exam(order_problems(paper, order, f"{seed}/{i}"), order)
                for i, paper in enumerate(papers)] for order in ORDERS]

@@ -378,8 +378,10 @@ def training_curves(logs, columns, window=1):
             smooth = np.convolve(values, np.full(width, 1 / width), "valid") if known else values
             ax.plot(steps[width - 1:], smooth, label=label, markevery=max(1, len(smooth) // 6),
                     **_style(j))
-        ax.set_ylabel(column)
-        ax.set_ylim(bottom=0)
+        ax.set_ylabel(f"{column} [nats]" if column == "entropy" else column)
+        share = column.startswith("skip_") or column in ("level_accuracy", "accuracy", "cut",
+                                                         "no_spread")
+        ax.set_ylim(0, 1.03 if share else None)
     for ax in axes.flat[len(columns):]:
         ax.set_visible(False)
     for ax in axes.flat[max(0, len(columns) - 2): len(columns)]:

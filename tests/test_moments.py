@@ -69,11 +69,18 @@ def test_all_kept_models_are_looked_at_and_the_table_of_seeds_is_made(
     monkeypatch.setattr("roi_lib.moments.first_dry", lambda *a: 1)
     monkeypatch.setattr("roi_lib.moments.load_tokenizer", lambda name: tokenizer)
     work = tmp_path / "work"
-    with pytest.raises(ValueError, match="has no kept models; name the --work"):
-        moments(POCKET, work)
-    train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=1, keep=(0, 1)), work)
+    train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=1, keep=()), tmp_path / "none")
+    with pytest.raises(ValueError, match="none has no kept models; name the --work"):
+        moments(POCKET, [tmp_path / "none"])
+    train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=1, keep=(1,)), work)
+    short = tmp_path / "short"
+    train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=1, keep=(0,)), short)
+    train(POCKET, tokenizer, tiny(tokenizer, torch.float64), replace(SMALL, steps=1, keep=()),
+          tmp_path / "other")
+    with pytest.raises(ValueError, match="had different starts"):
+        moments(POCKET, [work, tmp_path / "other"])
     out = tmp_path / "moments.json"
-    main(["moments", "--work", str(work), "--papers", "2", "--out", str(out)])
+    main(["moments", "--work", str(work), str(short), "--papers", "2", "--out", str(out)])
     found = json.loads(out.read_text())
     assert found["ids"] == [p.id for p in order_problems(draw_papers(POCKET, 2, seed=1)[1],
                                                          "hard", "")]
