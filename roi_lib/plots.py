@@ -65,6 +65,7 @@ def grouped_bars(labels, series, xlabel, ylabel, title=""):
     ax.set_xticks(np.arange(len(labels)), labels)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.grid(axis="x", visible=False)
+    ax.margins(y=0.3)  # room for the legend
     ax.legend()
     return fig
 
