@@ -220,12 +220,13 @@ def train_rarl(args) -> None:
 
 def train_ablations(args) -> None:
     """RARL again and again with one thing changed, in one table."""
-    from roi_lib.ablations import STEPS, ablate
+    from roi_lib.ablations import EXAMS, STEPS, ablate
     from roi_lib.worlds import get_world
 
     check_writable("--out", args.out)
     world = get_world(args.world)
-    recipe = change(world.rarl, [f"steps={STEPS}", f"seed={args.seed}", *args.set])
+    recipe = change(world.rarl, [f"steps={STEPS}", f"exams={EXAMS}", f"seed={args.seed}",
+                                 *args.set])
     ablate(world, recipe, args.work, args.out, args.variants, args.papers, args.jobs,
            args.threads, args.data)
     print(f"wrote {args.out}")
@@ -441,9 +442,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
     command.add_argument("--variants", type=names, default=[], help="comma-separated; all")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                         help="change the recipe of all; steps=120 unless set")
+                         help="change the recipe of all; steps=40 and exams=8 unless set")
     command.add_argument("--seed", type=int, default=0, help="of papers, orders and rollouts")
-    command.add_argument("--papers", type=int, default=1_000, help="unseen papers to measure on")
+    command.add_argument("--papers", type=int, default=200, help="unseen papers to measure on")
     command.add_argument("--jobs", type=int, default=2, help="runs at a time")
     command.add_argument("--threads", type=int, default=1, help="threads of each run")
     command.add_argument("--work", type=Path, default=Path("runs/ablations"),

@@ -169,6 +169,8 @@ def test_printed_figures_are_those_of_the_commands():
     cells = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text())["cells"]
     printed = ["".join(o.get("text", "")) for c in cells for o in c.get("outputs", [])]
     assert table + "\n" in printed
+    records = json.loads((DATA / "pocket-rarl" / "exam.json").read_text())
+    assert exam_table(records) in readme
     card = (DATA / "pocket-base" / "README.md").read_text().splitlines()
     heads = ("| tier", "| easy", "| medium", "| hard")
     families = [line for line in card if line.startswith(heads)]
