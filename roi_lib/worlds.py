@@ -274,7 +274,7 @@ POCKET = World(
     rarl=RARLRecipe(
         steps=200, exams=16, rollouts=16, budgets=(64, 128, 128), learning_rate=2e-4,
         orders=(("hard", 0.3), ("medium", 0.3), ("easy", 0.4)),
-        keep=(0, 20, 40, 60, 100, 200)),
+        keep=(0, 4, 8, 12, 16, 20, 40, 60, 100, 200)),
 )
 
 _EXAM_RULES = """\
