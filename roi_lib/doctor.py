@@ -26,6 +26,17 @@ def pinned_versions() -> dict[str, str]:
     return {pair[1]: pair[2] for pair in pairs if pair}
 
 
+def broken_folders() -> list[str]:
+    """Names of the folders in `data` whose files are not those of their manifest."""
+    broken = []
+    for folder in sorted(path.parent for path in DATA.glob("*/manifest.json")):
+        try:
+            verify_folder(folder)
+        except CheckpointError:
+            broken.append(folder.name)
+    return broken
+
+
 def check_environment() -> bool:
     """Print one [OK] or [FAIL] line a requirement, with its remedy; returns whether all hold."""
     results = [(sys.version_info[:2] >= (3, 11), f"python {platform.python_version_tuple()[0]}."
@@ -36,14 +47,9 @@ def check_environment() -> bool:
         except metadata.PackageNotFoundError:
             found = "missing"
         results.append((found == wanted, f"{name} {found}", f"pip install {name}=={wanted}"))
-    for folder in sorted(path.parent for path in DATA.glob("*/manifest.json")):
-        try:
-            verify_folder(folder)
-            whole = True
-        except CheckpointError:
-            whole = False
-        results.append((whole, f"data/{folder.name} matches its hashes",
-                        f"git checkout -- data/{folder.name}"))
+    results += [(False, f"data/{name} differs from its hashes", f"git checkout -- data/{name}")
+                for name in broken_folders()] or [
+        (True, "checkpoints and tokenizers in data match their hashes", "")]
     for good, what, remedy in results:
         print(f"[OK]   {what}" if good else f"[FAIL] {what}; mend it with: {remedy}")
     return all(good for good, _, _ in results)

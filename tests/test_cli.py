@@ -1,9 +1,11 @@
 """The command line: records with the agreed keys, and one clear sentence for bad input."""
 
 import json
+import shutil
 
 import pytest
 
+from roi_lib import doctor
 from roi_lib.__main__ import main
 
 KEYS = {"world", "method", "order", "budget", "n_exams", "seed", "score", "score_ci", "score_easy",
@@ -133,3 +135,14 @@ def test_osmckp_prints_json(capsys, tmp_path):
 def test_doctor(capsys):
     status, output, _ = run(capsys, "doctor")
     assert status == 0 and "[OK]   torch 2.13.0" in output and "[FAIL]" not in output
+
+
+def test_F2_the_doctor_names_a_broken_checkpoint(capsys, monkeypatch, tmp_path):
+    for name in ("pocket-base", "pocket-tokenizer"):
+        shutil.copytree(doctor.DATA / name, tmp_path / name)
+    (tmp_path / "pocket-base/config.json").write_text("{}")
+    monkeypatch.setattr(doctor, "DATA", tmp_path)
+    assert not doctor.check_environment()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "[FAIL] data/pocket-base differs from its hashes; mend it with: "
+        "git checkout -- data/pocket-base")
