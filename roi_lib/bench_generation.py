@@ -3,9 +3,9 @@
 Run as `python -m roi_lib bench generation --out FILE`. The work is that of a training step: papers
 in the hard order, 16 rollouts each, sampled at temperature 1 under B=128 with the pocket model in
 float32; 256 rollouts in all. A second measurement has 256 papers and one rollout each, so that no
-prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike;
-vLLM comes last, in a process of its own. Speeds are medians over the repeats, in response tokens a
-second, prefill included.
+prompt can be shared. Each repeat has papers of its own. torch and `generate` take turns, so that a
+busy machine hurts both alike; vLLM comes last, in a process of its own. Speeds are medians over the
+repeats, in response tokens a second, prefill included.
 
 Where the time goes: `time_shares` has the parts of a run (where prompts are shared, nearly all of
 it is decoding), `kernel_shares` what the processor does meanwhile. Products with the weights are as
@@ -33,10 +33,10 @@ from roi_lib.worlds import POCKET, World
 BUDGET, ROWS, GROUP = 128, 256, 16
 
 
-def exam_requests(world: World, tokenizer, papers: int, n: int) -> list[Request]:
+def exam_requests(world: World, tokenizer, papers: int, n: int, seed: int = 1) -> list[Request]:
     """`n` rollouts of each of `papers` papers in the hard order."""
     exams = [Exam(order_problems(paper, "hard", str(i)), "hard")
-             for i, paper in enumerate(draw_papers(world, papers, seed=1))]
+             for i, paper in enumerate(draw_papers(world, papers, seed=seed))]
     prompts = [encode_prompt(tokenizer, exam_prompt(world, exam, BUDGET)) for exam in exams]
     return [Request(tuple(prompt), BUDGET, (0, i), n) for i, prompt in enumerate(prompts)]
 
@@ -61,7 +61,7 @@ def hf_tokens(model, tokenizer, requests: Sequence[Request]) -> int:
 
 
 def serve_vllm() -> None:
-    """Answer each line "PAPERS N" on standard input with tokens and seconds (a process apart).
+    """Answer each line "PAPERS N SEED" on standard input with tokens and seconds (a process apart).
 
     vLLM sets threads and memory of the process it lives in, so it gets one of its own.
     """
@@ -82,13 +82,13 @@ class VLLMWorker:
             [sys.executable, "-m", "roi_lib.bench_generation"], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-    def run(self, papers: int, n: int) -> tuple[int, float]:
+    def run(self, papers: int, n: int, seed: int) -> tuple[int, float]:
         """Tokens and seconds of one run.
 
         Raises:
             RuntimeError: vLLM did not start.
         """
-        self.process.stdin.write(f"{papers} {n}\n")
+        self.process.stdin.write(f"{papers} {n} {seed}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("result "):
@@ -142,11 +142,15 @@ def kernels(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, fl
 
 
 def speeds_of(runs: dict, repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of each repeat; the engines take turns, after a round to warm up."""
+    """Tokens per second of each repeat; the engines take turns, after a round to warm up.
+
+    `runs` has functions of the repeat's number, which chooses the papers: an engine that keeps
+    what it has read (vLLM) is not to know them from the repeat before.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            tokens, seconds = run()
+            tokens, seconds = run(repeat)
             if repeat:
                 speeds[name].append(tokens / seconds)
     return speeds
@@ -169,16 +173,16 @@ def bench(repeats: int = 5) -> dict:
     shapes = {"shared": (ROWS // GROUP, GROUP), "apart": (ROWS, 1)}
     speeds = {}
     for name, shape in shapes.items():
-        requests = exam_requests(POCKET, tokenizer, *shape)
+        requests = [exam_requests(POCKET, tokenizer, *shape, seed) for seed in range(repeats + 1)]
         speeds[name] = speeds_of({
-            "torch": lambda r=requests: timed(engine_tokens, engine, r),
-            "hf_generate": lambda r=requests: timed(hf_tokens, model, tokenizer, r)}, repeats)
+            "torch": lambda k, r=requests: timed(engine_tokens, engine, r[k]),
+            "hf_generate": lambda k, r=requests: timed(hf_tokens, model, tokenizer, r[k])}, repeats)
         speeds[name]["vllm"] = []
     if vllm_installed():  # last, and gone before any other: its idle workers take time, too
         worker = VLLMWorker()
         try:
             for name, shape in shapes.items():
-                speeds[name] |= speeds_of({"vllm": lambda s=shape: worker.run(*s)}, repeats)
+                speeds[name] |= speeds_of({"vllm": lambda k, s=shape: worker.run(*s, k)}, repeats)
         finally:
             worker.close()
     requests = exam_requests(POCKET, tokenizer, *shapes["shared"])

@@ -224,8 +224,8 @@ class LlamaRows:
       seat that stays empty repeats another row of its desk, and nobody looks at its result.
     - The responses' keys and values lie in memory without gaps, [heads, seats, tokens, head_dim].
       There is room for a few tokens more, masked until they come; then it is enlarged. In a
-      buffer of the final size each row is followed by unused space, and reading across these
-      gaps takes about three times as long as what little is copied here.
+      buffer of the final size each row is followed by unused space, and where all of it exceeds
+      the processor's caches, reading across these gaps costs far more than what is copied here.
 
     The projections are the model's own modules, so new weights and LoRA adapters count at once.
     Arguments: see `AnyRows`.
