@@ -328,6 +328,12 @@ def prices(text: str) -> list[float]:
     return [price_in, price_out]
 
 
+def add_world_options(command) -> None:
+    """Which world, and where its datasets lie."""
+    command.add_argument("--world", default="pocket", help="pocket or paper")
+    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+
+
 def add_run_options(command) -> None:
     """The options of `exam` and `sweep` about how they run."""
     command.add_argument("--engine", default="torch", help="torch, vllm, openai or replay")
@@ -411,8 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="training state and log; a run found there is continued")
     command.add_argument("--out", type=Path, default=Path("data/pocket-base"), help="checkpoint")
     command = add(stages, "mft", train_mft)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_world_options(command)
     command.add_argument("--model", help="checkpoint to start from; the world's base")
     command.add_argument("--engine", default="torch", help="samples the answers: torch or vllm")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
@@ -421,8 +426,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="samples, log and states; a run found there is continued")
     command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-mft")
     command = add(stages, "rarl", train_rarl)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_world_options(command)
     command.add_argument("--model", help="checkpoint to start from; the world's MFT model")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                          help="change the recipe, for example steps=120, budgets=64,128 or "
@@ -438,8 +442,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="log, states, responses; a run found there is continued")
     command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-rarl")
     command = add(stages, "ablations", train_ablations)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_world_options(command)
     command.add_argument("--variants", type=names, default=[], help="comma-separated; all")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                          help="change the recipe of all; steps=40 and exams=8 unless set")
@@ -452,8 +455,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("data/ablations.csv"),
                          help="the table; the runs' logs go into a folder of that name")
     command = add(stages, "tokenizer", train_tokenizer)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_world_options(command)
     command.add_argument("--out", type=Path, help="folder; the world's own below data/")
 
     benches = commands.add_parser("bench", help="Measure side by side.").add_subparsers(
@@ -470,8 +472,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("log", type=Path, help="log.csv of a RARL run")
 
     command = add(commands, "moments", moments)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
+    add_world_options(command)
     command.add_argument("--work", type=Path, nargs="+", default=[Path("runs/rarl")],
                          help="the --work of `train rarl`, which holds the kept models; several, "
                          "where a shorter run of the same recipe kept more of the beginning")

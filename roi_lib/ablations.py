@@ -5,8 +5,6 @@
     ablate      all of them, two at a time, to a table and their logs
 """
 
-import csv
-import io
 import shutil
 import sys
 import time
@@ -22,6 +20,7 @@ import torch
 from roi_lib.checkpoints import load_model, load_tokenizer
 from roi_lib.diagnosis import diagnose
 from roi_lib.exams import draw_papers
+from roi_lib.files import write_csv
 from roi_lib.rarl_run import PAPERS_SEED, measure, train_model
 from roi_lib.worlds import RARLRecipe, World
 
@@ -171,10 +170,4 @@ def summary(rows: Sequence[dict]) -> str:
 def write_table(out: Path, rows: Sequence[dict]) -> None:
     """Write the table in one piece, and make the folder for the logs."""
     out.with_suffix("").mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    partial = out.with_suffix(".partial")
-    partial.write_text(text.getvalue())
-    partial.replace(out)
+    write_csv(out, COLUMNS, rows)

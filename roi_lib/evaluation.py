@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from roi_lib.exams import Exam, order_problems, reference_response
+from roi_lib.exams import Exam, reference_response
 from roi_lib.generation import BudgetedGenerator
 from roi_lib.methods import (  # noqa: F401 - some for those who import them from here
     EngineChoice,
@@ -266,8 +266,7 @@ def family_marks(
     Within papers, those that the budget cut all the same are left out: a search that never ends
     would be charged to whatever comes after it.
     """
-    exams = [Exam(order_problems(paper, "medium", f"{seed}/{i}"), "medium")
-             for i, paper in enumerate(papers)]
+    exams = Setting(world, papers, seed).exams("medium")
     if alone:
         exams = [Exam((problem,), "medium") for exam in exams for problem in exam.problems]
     marks: dict[str, list[bool]] = {}

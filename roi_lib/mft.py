@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -52,6 +51,7 @@ from roi_lib.training import (
     Together,
     TrainingLog,
     folder_lock,
+    lora,
     muon_and_adamw,
     same_recipe,
     write_checkpoint,
@@ -404,12 +404,10 @@ def fine_tune(
         print(f"continuing from {state}")
     log = DevLog(world, tokenizer, recipe, work / "log.csv",
                  int(state.name.split("-")[1]) if state else 0, root)
-    adapters = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, lora_dropout=0.0,
-                          target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = TagTrainer(
         model, sft_config(recipe, work), train_dataset=as_dataset(rows),
         processing_class=tokenizer, callbacks=[log],
-        peft_config=adapters if recipe.lora_rank else None,
+        peft_config=lora(recipe.lora_rank),
         optimizers=(optimizer_of(model, recipe), None),
         token_weights=token_weights(world, tokenizer, recipe))
     trainer.remove_callback(PrinterCallback)  # it prints what the log prints
@@ -541,13 +539,14 @@ def run(
                                    problems, recipe.samples, recipe.seed)
         targets = [align(world, p, s, recipe.keep)
                    for p, s in zip(problems, samples, strict=True)]
-        write_json(work / "labels.json", label_statistics(targets))
+        labels = label_statistics(targets)
+        write_json(work / "labels.json", labels)
         rows = curriculum(world, tokenizer, targets, recipe)
         model = load_model(checkpoint, "float32")
         model = fine_tune(world, tokenizer, model, rows, recipe, work, root)
         minutes = (time.monotonic() - begin) / 60
         tokens = sum(map(len, rows))
-        documents = {"labels": label_statistics(targets)}
+        documents = {"labels": labels}
         if recipe.card_papers:
             papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1, root=root)
             tagged = TorchGenerator.of(model.to(base.model.dtype) if engine == "torch" else model,

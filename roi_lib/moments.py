@@ -17,7 +17,7 @@ import torch
 
 from roi_lib.ablations import as_row, write_table
 from roi_lib.checkpoints import load_model, load_tokenizer
-from roi_lib.evaluation import Sitting, sit
+from roi_lib.evaluation import Setting, Sitting, sit
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
 from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
@@ -135,8 +135,7 @@ def moments(
     """
     folders, tokenizer = kept_models(works), load_tokenizer(world.tokenizer)
     papers = draw_papers(world, n_papers, seed=seed, root=root)
-    orders = [[Exam(order_problems(paper, order, f"{seed}/{i}"), order)
-               for i, paper in enumerate(papers)] for order in ORDERS]
+    orders = [Setting(world, papers, seed).exams(order) for order in ORDERS]
     smallest, steps, index = min(world.budgets), [], None
     for step, folder in folders.items():
         model = load_model(str(folder), world.dtype)

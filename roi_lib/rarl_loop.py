@@ -106,10 +106,8 @@ def logprob_gap(
                           model.device)
     ours, _ = completion_logprobs(
         model, torch.tensor(group.prompt, device=model.device), ids, temperature)
-    logits, prefilled, seen = generator._prefill([group.prompt])
-    logits = logits.expand(len(ids), -1)
     source = torch.zeros(len(ids), dtype=torch.long, device=model.device)
-    decoding = generator.rows(generator.model, prefilled, seen, source, ids.shape[1])
+    logits, decoding = generator.start([group.prompt], source, ids.shape[1])
     theirs = []
     for token in ids.T:
         table = torch.log_softmax(logits.float() / temperature, -1)

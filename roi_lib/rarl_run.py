@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from roi_lib.checkpoints import load_model, load_tokenizer
-from roi_lib.evaluation import exam_table, segment_table, sit, summarize
-from roi_lib.exams import Exam, draw_papers, order_problems
+from roi_lib.evaluation import Setting, exam_table, segment_table, sit, summarize
+from roi_lib.exams import draw_papers
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import FAMILIES, Problem
 from roi_lib.rarl import STYLE
@@ -124,8 +124,7 @@ def measure(
     """
     if world.dtype != "auto":  # the arithmetic of `exam`
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
-    exams = {order: [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
-                     for i, paper in enumerate(papers)] for order in ORDERS}
+    exams = {order: Setting(world, papers, seed).exams(order) for order in ORDERS}
     logs.mkdir(parents=True, exist_ok=True)
     log = RunLog(logs / f"{name}.jsonl", {
         "world": world.name, "model": fingerprint(model), "seed": seed})

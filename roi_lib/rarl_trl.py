@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -31,7 +31,7 @@ from roi_lib.generation import (
 from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, roll_out, training_exams
 from roi_lib.rarl_loop import COLUMNS, StepLog, describe, fingerprint, keep
-from roi_lib.training import folder_lock, same_recipe
+from roi_lib.training import folder_lock, lora, same_recipe
 from roi_lib.worlds import RARLRecipe, World
 
 #: Our words for TRL's: how advantages are scaled, and what a row's loss is divided by.
@@ -227,13 +227,11 @@ def make_trainer(
     last_step: int = 0,
 ) -> GRPOTrainer:
     """A trainer that does what `rarl_loop.train` does, with TRL's update; see `train`."""
-    rollouts, rank = ExamRollouts(world, tokenizer, recipe, pool), recipe.trl.lora_rank
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
-                          target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    rollouts = ExamRollouts(world, tokenizer, recipe, pool)
     trainer = GRPOTrainer(
         model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
         train_dataset=exam_dataset(world, recipe, pool), processing_class=tokenizer,
-        rollout_func=rollouts, peft_config=adapters,
+        rollout_func=rollouts, peft_config=lora(recipe.trl.lora_rank),
         callbacks=[StepReport(rollouts, work / "log.csv", last_step)])
     trainer.remove_callback(PrinterCallback)  # it prints what the log prints
     return trainer

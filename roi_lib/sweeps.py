@@ -11,7 +11,6 @@ and gives one row a method, order and budget. Rows go to a CSV file.
 """
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from roi_lib.evaluation import Rational, Setting, make_records, sit_methods
 from roi_lib.exams import draw_papers
+from roi_lib.files import write_csv
 from roi_lib.methods import EngineChoice
 from roi_lib.runlog import model_hash
 from roi_lib.worlds import World
@@ -113,12 +113,7 @@ def as_row(sweep: str, point: Point, record: dict, model: str) -> dict:
 
 def write_sweep(path: Path, rows: Sequence[dict]) -> None:
     """Write the CSV file in one piece."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    write_csv(path, COLUMNS, rows)
 
 
 def read_sweep(path: Path) -> list[dict]:

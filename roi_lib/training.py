@@ -85,6 +85,14 @@ def muon_and_adamw(model, muon_lr: float, adamw_lr: float) -> list[torch.optim.O
             torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+def lora(rank: int):
+    """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
+    from peft import LoraConfig  # takes seconds, and not every training wants it
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+                      task_type="CAUSAL_LM") if rank else None
+
+
 class Together(torch.optim.Optimizer):
     """Several optimizers as the one that a trainer of transformers takes."""
 
