@@ -44,7 +44,8 @@ def exam(args) -> None:
         print(f"wrote {args.write_papers}")
     setting = Setting(world, papers, args.seed, args.temperature, args.model, args.tokenizer,
                       engine_choice(args), args.samples)
-    results = sit_methods(setting, names, args.budgets or world.budgets, args.workers)
+    budgets = args.budgets or world.budgets
+    results = sit_methods(setting, names, budgets, args.workers)
     records = make_records(setting, results)
     print("\n\n".join(filter(None, (exam_table(records), shortfall_table(records),
                                     difference_table(records)))))
@@ -60,11 +61,14 @@ def exam(args) -> None:
         save_rollouts(args.save, setting, results, records, split)
         print(f"wrote {args.save}")
     if args.plot:
-        from roi_lib.plots import tokens_by_position, use_style
+        from roi_lib.plots import score_split, tokens_by_position, use_style
 
         use_style()
         first = [record for record in records if record["method"] == records[0]["method"]]
-        tokens_by_position(first).savefig(args.plot)
+        compared = any("rational" in record for record in records)
+        figure = (score_split(records, min(budgets)) if compared
+                  else tokens_by_position(first))
+        figure.savefig(args.plot)
         print(f"wrote {args.plot}")
 
 
@@ -391,7 +395,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_options(command)
     command.add_argument("--out", type=Path, help="JSON file for the records")
     command.add_argument("--save", type=Path, help="folder for records and rollouts, compact")
-    command.add_argument("--plot", type=Path, help="picture of the first method's tokens (PNG)")
+    command.add_argument("--plot", type=Path,
+                         help="picture (PNG): what each method earned and lost, where the rational "
+                              "one is among them; else where the first one's tokens went")
 
     command = add(commands, "sweep", sweep)
     command.add_argument("sweep", help="budget, problems, mix or temperature")
@@ -445,9 +451,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_world_options(command)
     command.add_argument("--variants", type=names, default=[], help="comma-separated; all")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                         help="change the recipe of all; steps=40 and exams=8 unless set")
+                         help="change the recipe of all; steps=120 and exams=8 unless set")
     command.add_argument("--seed", type=int, default=0, help="of papers, orders and rollouts")
-    command.add_argument("--papers", type=int, default=200, help="unseen papers to measure on")
+    command.add_argument("--papers", type=int, default=400, help="unseen papers to measure on")
     command.add_argument("--jobs", type=int, default=2, help="runs at a time")
     command.add_argument("--threads", type=int, default=1, help="threads of each run")
     command.add_argument("--work", type=Path, default=Path("runs/ablations"),

@@ -25,7 +25,7 @@ from roi_lib.rarl_run import PAPERS_SEED, measure, train_model
 from roi_lib.worlds import RARLRecipe, World
 
 #: Every run is short and small, and yet shows where it is going.
-STEPS, EXAMS = 40, 8
+STEPS, EXAMS = 120, 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def as_row(record: dict, name: str) -> dict:
 
 def ablate(
     world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
-    n_papers: int = 200, jobs: int = 2, threads: int = 1, root: Path | None = None,
+    n_papers: int = 400, jobs: int = 2, threads: int = 1, root: Path | None = None,
 ) -> list[dict]:
     """Run variants side by side; write the table to `out`, and the logs into a folder beside it.
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from roi_lib.rarl_loop import COLUMNS, LARGEST_GAP
 
-#: Rows at each end of the log, at most; never more than half of it. Even, so that two budgets in
-#: turn weigh the same at both ends.
-WINDOW = 10
+#: Rows at each end of the log, at most; never more than half of it. Two or three budgets in turn
+#: weigh the same at both ends.
+WINDOW = 12
 #: Answers given may be right this much less often than at first; a good run keeps its accuracy.
 COLLAPSE = 0.1
 #: Skipping has died out when its share was above the first number and fell below the second.

@@ -363,3 +363,95 @@ def _(answer):
                     if has_spread(w))
         if abs(float(ask(answer, float(q), n)) - truth) > 1e-9:
             return f"not right for q = {q} and {n} rollouts: which two groups have no spread?"
+
+
+# ---------------------------------------------------------------- 06 Regret analysis
+@exercise("06.1")
+def _(answer):
+    from roi_lib.evaluation import regret
+
+    rng = np.random.default_rng(5)
+    for case in range(40):
+        easy, other = rng.integers(0, 4, 7), rng.integers(0, 4, 7)
+        if case == 0:
+            easy[:] = 0
+        truth = regret(float(other.mean()), float(easy.mean()))
+        got = float(ask(answer, easy.tolist(), other.tolist()))
+        if not np.isclose(got, np.nan if truth is None else truth, equal_nan=True):
+            return (f"not right for {easy.tolist()} in the easy order and {other.tolist()} in the "
+                    "other: means first, then one ratio")
+
+
+@exercise("06.2")
+def _(answer):
+    rng = np.random.default_rng(6)
+    for _ in range(40):
+        a = rng.integers(0, 4, 12)
+        b = np.minimum(a + rng.integers(0, 2, 12), 3)
+        truth = np.std(a - b, ddof=1) / np.sqrt(len(a))
+        if abs(float(ask(answer, a.tolist(), b.tolist())) - truth) > 1e-9:
+            return (f"not right for {a.tolist()} and {b.tolist()}: take the difference of each "
+                    "paper first")
+
+
+@exercise("06.3")
+def _(answer):
+    rng = np.random.default_rng(7)
+    for order in ("medium", "hard", "easy") * 10:
+        best = dict(zip(("easy", "medium", "hard"), sorted(3 * rng.random(3))[::-1], strict=True))
+        score = float(rng.random() * 2)
+        truth = best["easy"] - best[order], best[order] - score
+        if not np.allclose(np.array(ask(answer, dict(best), score, order), float), truth):
+            return (f"not right for the {order} order: what is lost to the order, the rational "
+                    "test-taker loses as well; folly is the rest")
+
+
+@exercise("06.4")
+def _(answer):
+    rng = np.random.default_rng(8)
+    for _ in range(200):
+        cost, sure, budget = (int(x) for x in rng.integers(1, 30, 3))
+        p = float(rng.random().round(2))
+        skip = osmckp.Action("skip", [(1, 0, 0)])
+        hard = osmckp.Action("solve", [(p, cost, 1), (1 - p, cost, 0)])
+        instance = osmckp.Instance(budget, [[skip, hard],
+                                            [skip, osmckp.Action("solve", [(1, sure, 1)])]])
+        if abs(float(ask(answer, cost, p, sure, budget)) - osmckp.solve(instance).value) > 1e-9:
+            return (f"not right for cost {cost}, p {p}, sure {sure} and budget {budget}: a cost "
+                    "above the budget earns nothing and leaves nothing")
+
+
+# ---------------------------------------------------------------- 07 Behaviour
+@exercise("07.1")
+def _(answer):
+    rng = np.random.default_rng(9)
+    for _ in range(40):
+        costs, budget = rng.integers(0, 40, int(rng.integers(1, 6))).tolist(), 64
+        truth = [max(budget - sum(costs[:i]), 0) for i in range(len(costs))]
+        if list(ask(answer, list(costs), budget)) != truth:
+            return f"not right for costs {costs} and budget {budget}: before each, not after it"
+
+
+@exercise("07.2")
+def _(answer):
+    rng = np.random.default_rng(10)
+    for _ in range(40):
+        predicted, real = rng.integers(-1, 4, 12), rng.integers(0, 4, 12)
+        predicted[0] = 0
+        given = predicted >= 0
+        truth = ((predicted == real)[given].mean(), (predicted < real)[given].mean())
+        if not np.allclose(np.array(ask(answer, predicted.tolist(), real.tolist()), float), truth):
+            return (f"not right for predicted {predicted.tolist()} and real {real.tolist()}: "
+                    "problems without a tag are in neither share, nor in what they are shares of")
+
+
+@exercise("07.3")
+def _(answer):
+    rng = np.random.default_rng(11)
+    for _ in range(40):
+        tried, rational = rng.random(9) < 0.5, rng.random(9) < 0.5
+        truth = (tried & ~rational).mean(), (~tried & rational).mean()
+        got = np.array(ask(answer, tried.tolist(), rational.tolist()), float)
+        if not np.allclose(got, truth):
+            return (f"not right for tried {tried.tolist()} and rational {rational.tolist()}: "
+                    "both are shares of all decisions")

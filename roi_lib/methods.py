@@ -112,6 +112,11 @@ class Setting:
         return [Exam(order_problems(paper, order, f"{self.seed}/{i}"), order)
                 for i, paper in enumerate(self.papers)]
 
+    def places(self, order: str) -> np.ndarray:
+        """Which of the paper's problems stands at each position, [papers, problems]."""
+        return np.array([[list(paper).index(problem) for problem in exam.problems]
+                         for paper, exam in zip(self.papers, self.exams(order), strict=True)])
+
     def checkpoint(self, name: str) -> str | None:
         """The checkpoint with which a method sits.
 
@@ -268,9 +273,7 @@ def rational(
     """Attempts under the largest budget, then the exact solution, without and with tags."""
     outcomes = sample_outcomes(setting.world, tokenizer, generator, setting.papers, max(budgets),
                                setting.samples, setting.temperature, setting.seed)
-    places = {order: np.array([[list(paper).index(p) for p in exam.problems]
-                               for paper, exam in zip(setting.papers, setting.exams(order),
-                                                      strict=True)]) for order in ORDERS}
+    places = {order: setting.places(order) for order in ORDERS}
     results = []
     for tagged in (False, True):
         bounds = rational_bounds(outcomes.tagged() if tagged else outcomes, places, budgets)

@@ -291,8 +291,7 @@ class DevLog(TrainerCallback):
         self.world, self.tokenizer, self.last_step = world, tokenizer, last_step
         papers = draw_papers(world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
                              root=root)
-        self.exams = [Exam(order_problems(p, "medium", str(i)), "medium")
-                      for i, p in enumerate(papers)]
+        self.exams = in_orders(papers, str(recipe.seed))
         self.log = TrainingLog(path, self.COLUMNS, last_step)
         self.begin = time.monotonic() - float(self.log.last.get("seconds", 0))
 
@@ -323,6 +322,13 @@ class DevLog(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end (F1)."""
         write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def in_orders(papers: Sequence[Sequence[Problem]], seed: str) -> list[Exam]:
+    """The papers with the three orders in turn: each tier comes in each position."""
+    orders = [ORDERS[i % len(ORDERS)] for i in range(len(papers))]
+    return [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
+            for i, (paper, order) in enumerate(zip(papers, orders, strict=True))]
 
 
 def ample_budget(world: World, exams: Sequence[Exam]) -> int:
@@ -464,10 +470,7 @@ def calibrate(
     Raises:
         ValueError: not one response holds a closed level tag.
     """
-    exams = []
-    for i, paper in enumerate(papers):
-        order = ORDERS[i % len(ORDERS)]  # each tier comes in each position
-        exams.append(Exam(order_problems(paper, order, f"{seed}/{i}"), order))
+    exams = in_orders(papers, str(seed))
     before, after = (segment_table(world, sit(world, tokenizer, generator, exams,
                                               ample_budget(world, exams), style, seed=seed))
                      for generator, style in ((base, "direct"), (tagged, "roi")))

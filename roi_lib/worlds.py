@@ -269,7 +269,7 @@ POCKET = World(
         problems=1_200, samples=4, keep="shortest", exams=16_000,
         sizes=((2, 10), (3, 28), (4, 2), (5, 1), (6, 1)), mix=(0.12, 0.72, 0.16), rows=32,
         rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.01, tag_weight=10.0, max_length=1_024,
-        lora_rank=0, bf16=True, checkpointing=False, dev_exams=64, card_papers=1_000, log_every=100,
+        lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
         steps=200, exams=16, rollouts=16, budgets=(64, 128, 128), learning_rate=2e-4,

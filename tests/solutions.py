@@ -128,6 +128,38 @@ def push(lengths, advantages, longest, normalizer):
             for a, length in zip(advantages, lengths, strict=True)]
 
 
+def regret_of(easy, other):
+    return (sum(easy) - sum(other)) / sum(easy) if sum(easy) else float("nan")
+
+
+def mean_of_regrets(easy, other):
+    known = [(e, o) for e, o in zip(easy, other, strict=True) if e]
+    return sum((e - o) / e for e, o in known) / len(known) if known else float("nan")
+
+
+def paired_error(a, b):
+    return np.std(np.subtract(a, b), ddof=1) / np.sqrt(len(a))
+
+
+def better(cost, p, sure, budget):
+    gamble = p + (cost + sure <= budget) if cost <= budget else 0
+    return max(gamble, float(sure <= budget))
+
+
+def tokens_left(costs, budget):
+    return [max(budget - sum(costs[:i]), 0) for i in range(len(costs))]
+
+
+def level_errors(predicted, real):
+    given = [(p, r) for p, r in zip(predicted, real, strict=True) if p >= 0]
+    return (sum(p == r for p, r in given) / len(given), sum(p < r for p, r in given) / len(given))
+
+
+def folly(tried, rational):
+    pairs = list(zip(tried, rational, strict=True))
+    return pairs.count((True, False)) / len(pairs), pairs.count((False, True)) / len(pairs)
+
+
 SOLUTIONS = {
     "00.1": finished,
     "00.2": regret,
@@ -151,6 +183,13 @@ SOLUTIONS = {
     "05.2": advantage,
     "05.3": push,
     "05.4": lambda q, n: 1 - q**n - (1 - q)**n,
+    "06.1": regret_of,
+    "06.2": paired_error,
+    "06.3": lambda best, score, order: (best["easy"] - best[order], best[order] - score),
+    "06.4": better,
+    "07.1": tokens_left,
+    "07.2": level_errors,
+    "07.3": folly,
 }
 
 WRONG = {
@@ -188,4 +227,16 @@ WRONG = {
              lambda lengths, advantages, longest, normalizer: [
                  a / longest / len(lengths) for a in advantages]],
     "05.4": [0.5, lambda q, n: 1 - q**n, lambda q, n: n * q * (1 - q)],
+    "06.1": [0.5, mean_of_regrets, lambda easy, other: -regret_of(easy, other)],
+    "06.2": [0.1, lambda a, b: np.hypot(np.std(a, ddof=1), np.std(b, ddof=1)) / np.sqrt(len(a)),
+             lambda a, b: np.std(np.subtract(a, b)) / np.sqrt(len(a))],
+    "06.3": [(0, 0), lambda best, score, order: (0.0, best["easy"] - score),
+             lambda best, score, order: (best[order] - score, best["easy"] - best[order])],
+    "06.4": [1, lambda cost, p, sure, budget: p + (cost + sure <= budget),
+             lambda cost, p, sure, budget: max(p, 1)],
+    "07.1": [[64], lambda costs, budget: tokens_left([*costs, 0], budget)[1:],
+             lambda costs, budget: [budget - sum(costs[:i]) for i in range(len(costs))]],
+    "07.2": [(1, 0), lambda predicted, real: (
+        np.equal(predicted, real).mean(), np.less(predicted, real).mean())],
+    "07.3": [(0, 0), lambda tried, rational: folly(rational, tried)],
 }
