@@ -411,7 +411,7 @@ def _(answer):
     rng = np.random.default_rng(8)
     for _ in range(200):
         cost, sure, budget = (int(x) for x in rng.integers(1, 30, 3))
-        p = float(rng.random().round(2))
+        p = round(float(rng.random()), 2)
         skip = osmckp.Action("skip", [(1, 0, 0)])
         hard = osmckp.Action("solve", [(p, cost, 1), (1 - p, cost, 0)])
         instance = osmckp.Instance(budget, [[skip, hard],

@@ -544,8 +544,11 @@ def score_split(records, budget, orders=("medium", "hard")):
         ends = np.array([r["score_ci"] or [r["score"]] * 2 for r in rows]).T
         ax.errorbar(score, range(len(rows)), xerr=np.abs(ends - score), fmt="none", color="black",
                     capsize=3, elinewidth=1.5)
-        for y, value in enumerate(score):
-            ax.text(0.03, y, f"{value:.2f}", color="white", va="center", fontweight="bold")
+        for y, (value, end) in enumerate(zip(score, ends[1], strict=True)):
+            inside = value > 0.2 * best.max()  # else beside the bar
+            ax.text(0.03 if inside else end + 0.03, y, f"{value:.2f}", va="center",
+                    color="white" if inside else "black", fontweight="bold",
+                    bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 1})
         ax.set_yticks(range(len(rows)), [method_look(r["method"])[0] for r in rows])
         ax.set_title(f"{order} order, {budget} tokens")
         ax.invert_yaxis()
@@ -578,18 +581,15 @@ def token_lengths(columns, budget, order):
                 ax.plot(p50, y, "o", color=color, markeredgecolor="white")
             shares = [f"{x.sum() / here.sum():.0%}" for x in (
                 tried, skipped, here & ~tried & ~skipped)]
-            for share, x in zip(shares, (1.1, 1.22, 1.31), strict=True):
-                ax.text(x, y, share, transform=ax.get_yaxis_transform(), ha="right", va="center",
-                        in_layout=False)
+            for share, x in zip(shares, (1.1, 1.22, 1.34), strict=True):
+                ax.text(x, y, share, transform=ax.get_yaxis_transform(), ha="right", va="center")
         ax.axvline(budget, color="black", linestyle="--", linewidth=1.2)
         ax.set_yticks(range(len(columns)), [method_look(name)[0] for name in columns])
         ax.set(title=f"{tier} problems", ylim=(len(columns) - 0.4, -0.6))
         ax.set_xlim(left=0)
         ax.grid(axis="y", visible=False)
-    for x, word in zip((1.1, 1.22, 1.31), ("tried", "skipped", "dry"), strict=True):
-        axes[0].text(x, 1.04, word, transform=axes[0].transAxes, ha="right", fontsize=9,
-                     in_layout=False)
-    fig.get_layout_engine().set(rect=(0, 0, 0.8, 1))  # the rest is for the three columns
+    for x, word in zip((1.1, 1.22, 1.34), ("tried", "skipped", "dry"), strict=True):
+        axes[0].text(x, 1.04, word, transform=axes[0].transAxes, ha="right", fontsize=9)
     axes[-1].set_xlabel(f"tokens of a problem that was tried (dashed: the budget of {budget})")
     return fig
 

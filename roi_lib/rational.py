@@ -27,7 +27,14 @@ import numpy as np
 
 from roi_lib.exams import Exam
 from roi_lib.generation import BudgetedGenerator
-from roi_lib.osmckp import Action, Instance, solve_batch
+from roi_lib.osmckp import (
+    Action,
+    Instance,
+    Solution,
+    expected_future,
+    expected_reward,
+    solve_batch,
+)
 from roi_lib.problems import Problem
 from roi_lib.sitting import sit, smallest_budget
 from roi_lib.worlds import SKIP_ANSWER, World
@@ -154,6 +161,20 @@ def solve_action(cost: np.ndarray, correct: np.ndarray) -> Action:
     return Action("solve", np.stack([np.full(len(cost), 1 / len(cost)), cost, correct], axis=1))
 
 
+def classes_of(outcomes: Outcomes, known: np.ndarray) -> list[list[tuple[Action, Action]]]:
+    """(skip, solve) of every problem of every paper, as the attempts `known` have it."""
+    give_up = Action("skip", [(1, outcomes.skip, 0)])
+    return [[(give_up, solve_action(c, r)) for c, r in zip(costs, rights, strict=True)]
+            for costs, rights in zip(outcomes.cost[..., known], outcomes.correct[..., known],
+                                     strict=True)]
+
+
+def solve_in_order(classes: Sequence, place: np.ndarray, budget: int) -> list[Solution]:
+    """The exact solution of every paper, its problems where `place` puts them."""
+    return solve_batch([Instance(budget, [paper[i] for i in row])
+                        for paper, row in zip(classes, place, strict=True)])
+
+
 def rational_policies(
     outcomes: Outcomes, known: np.ndarray, places: Mapping[str, np.ndarray], budget: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -162,17 +183,34 @@ def rational_policies(
     Each order has whether to solve, [papers, problems, budget + 1] by tokens left, and the value
     of the whole paper, [papers, budget + 1] by budget. `known` is a mask of attempts.
     """
-    give_up = Action("skip", [(1, outcomes.skip, 0)])
-    classes = [[(give_up, solve_action(c, r)) for c, r in zip(costs, rights, strict=True)]
-               for costs, rights in zip(outcomes.cost[..., known], outcomes.correct[..., known],
-                                        strict=True)]
+    classes = classes_of(outcomes, known)
     policies = {}
     for order, place in places.items():
-        solutions = solve_batch([Instance(budget, [paper[i] for i in row])
-                                 for paper, row in zip(classes, place, strict=True)])
+        solutions = solve_in_order(classes, place, budget)
         policies[order] = (np.stack([s.policy == 1 for s in solutions]),
                            np.stack([s.value_function[0] for s in solutions]))
     return policies
+
+
+def decision_losses(outcomes: Outcomes, place: np.ndarray, budget: int) -> np.ndarray:
+    """What it costs in points to skip and to try, [papers, problems, budget + 1, 2].
+
+    The last but one axis is the tokens left. A loss is V_i(b) - Q_i(action, b), for a test-taker
+    who goes by all attempts: 0 for the better action, and for both where they are equally good.
+    The losses of the decisions of an exam add up, in expectation, to what it falls short of V*
+    (the performance-difference lemma; Kakade and Langford, 2002).
+
+    Args:
+        place: which of the paper's problems stands at each position, [papers, problems].
+    """
+    every = np.ones(outcomes.cost.shape[2], bool)
+    losses = []
+    for solution in solve_in_order(classes_of(outcomes, every), place, budget):
+        value = solution.value_function
+        losses.append([value[i] - expected_reward(actions, budget)
+                       - expected_future(actions, value[i + 1])
+                       for i, actions in enumerate(solution.instance.classes)])
+    return np.moveaxis(np.array(losses), 2, 3)
 
 
 def family_policies(

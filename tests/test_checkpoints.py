@@ -161,7 +161,7 @@ def test_notebooks_were_executed_in_order(path):
 
 
 def test_printed_figures_are_those_of_the_commands():
-    """README and notebook 00 print what `make exam` and the model card say."""
+    """README and notebook 00 print what `make exam`, the main table and the model card say."""
     from roi_lib.evaluation import exam_table
     table = exam_table(json.loads((DATA / "exam-base.json").read_text()))
     readme = (ROOT / "README.md").read_text()
@@ -169,8 +169,8 @@ def test_printed_figures_are_those_of_the_commands():
     cells = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text())["cells"]
     printed = ["".join(o.get("text", "")) for c in cells for o in c.get("outputs", [])]
     assert table + "\n" in printed
-    records = json.loads((DATA / "pocket-rarl" / "exam.json").read_text())
-    assert exam_table(records) in readme
+    records = json.loads((DATA / "main-table" / "records.json").read_text())
+    assert exam_table([r for r in records if r["order"] == "hard"]) in readme
     card = (DATA / "pocket-base" / "README.md").read_text().splitlines()
     heads = ("| tier", "| easy", "| medium", "| hard")
     families = [line for line in card if line.startswith(heads)]

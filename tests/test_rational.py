@@ -1,5 +1,7 @@
 """The rational test-taker: by hand, against the solver, and honest about what it has seen."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from roi_lib import osmckp
 from roi_lib.exams import Exam, draw_papers
 from roi_lib.rational import (
     Outcomes,
+    decision_losses,
     follow,
     prophet,
     rational_bounds,
@@ -48,6 +51,27 @@ def test_one_paper_by_hand():
     tagged = rational_bounds(two.tagged(), places, [70, 76], folds=2)
     assert tagged[70, "hard"].achievable == 1 and tagged[76, "hard"].achievable == 2
     assert two.tagged().skip == SKIP + TAG
+
+
+def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
+    """Whatever a test-taker does, over all combinations of the attempts."""
+    rng, papers, budget = np.random.default_rng(7), 20, 90
+    some, place = luck(rng, papers, 3), np.tile([2, 0, 1], (papers, 1))
+    losses = decision_losses(some, place, budget)
+    assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
+    best = rational_policies(some, np.arange(3) >= 0, {"any": place}, budget)["any"][1][:, budget]
+    cost, correct = (np.take_along_axis(x, place[:, :, None], 1)
+                     for x in (some.cost, some.correct))
+    for tries in product((False, True), repeat=3):
+        lost, score = np.zeros(papers), np.zeros(papers)
+        for paper, luck_of in product(range(papers), product(range(3), repeat=3)):
+            left = budget
+            for i, k in enumerate(luck_of):
+                lost[paper] += losses[paper, i, left, int(tries[i])] / 27
+                price = cost[paper, i, k] if tries[i] else SKIP
+                score[paper] += (tries[i] and correct[paper, i, k] and price <= left) / 27
+                left = max(left - price, 0)
+        assert lost == pytest.approx(best - score)
 
 
 def test_policies_are_those_of_the_solver_and_are_followed_exactly():
