@@ -40,7 +40,7 @@ def test_a_healthy_run_has_no_findings(tmp_path):
     ("all truncated", "cut 1.00 with reward 0.00", {"cut": 1.0, "reward": 0.0, "score": 0.01}),
     ("level never right", "level_accuracy 0.05", {"level_accuracy": 0.05, "reward": 0.1}),
     ("level never right", "no answer with a level tag", {"level_accuracy": None, "reward": 0.0}),
-    ("skipping died out", "from 0.19 to 0.000", {"skip_hard": (0.25, 0.0)}),
+    ("skipping died out", "from 0.18 to 0.000", {"skip_hard": (0.25, 0.0)}),
     ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6),
                                                "grad_norm": (0.03, 0.8)}),
     ("sampler out of step", "0.080 nats", {"logprob_gap": (1e-6, 0.08)}),
