@@ -32,6 +32,7 @@ from roi_lib.methods import (  # noqa: F401 - some for those who import them fro
 )
 from roi_lib.problems import Problem
 from roi_lib.rational import Bound
+from roi_lib.runlog import model_hash
 from roi_lib.sitting import (  # noqa: F401 - likewise
     Sitting,
     check_budget,
@@ -200,6 +201,13 @@ def points_of(result: Sat | Rational, order: str) -> np.ndarray:
     return marks(result.sittings[order])
 
 
+def model_of(setting: Setting, result: Sat | Rational) -> str:
+    """The first 12 digits of the hash of the checkpoint that sat; "" where there was none."""
+    name = result.method.removesuffix("_tagged") if isinstance(result, Rational) else result.method
+    checkpoint = setting.checkpoint(name)
+    return model_hash(checkpoint)[:12] if checkpoint else ""
+
+
 def make_records(setting: Setting, results: Sequence[Sat | Rational]) -> list[dict]:
     """One JSON-ready record for each result and order.
 
@@ -210,9 +218,10 @@ def make_records(setting: Setting, results: Sequence[Sat | Rational]) -> list[di
     bounds = {(r.tagged, r.budget): r.bounds for r in results if isinstance(r, Rational)}
     first = {r.budget: r for r in results if r.method == results[0].method}
     for result in results:
+        model = model_of(setting, result)
         for order in ORDERS:
-            record = {"world": world.name, "method": result.method, "order": order,
-                      "budget": result.budget, "n_exams": len(setting.papers),
+            record = {"world": world.name, "method": result.method, "model_hash": model,
+                      "order": order, "budget": result.budget, "n_exams": len(setting.papers),
                       "n_problems": len(setting.papers[0]), "seed": seed,
                       "temperature": setting.temperature}
             points = points_of(result, order)

@@ -33,7 +33,6 @@ from roi_lib.checkpoints import (
     write_manifest,
 )
 from roi_lib.engines import make_engine
-from roi_lib.evaluation import confusion, segment_table, sit
 from roi_lib.exams import (
     Exam,
     draw_papers,
@@ -46,6 +45,7 @@ from roi_lib.files import write_json
 from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
+from roi_lib.sitting import confusion, segment_table, sit
 from roi_lib.sources import problem_stream
 from roi_lib.training import (
     Together,

@@ -26,7 +26,6 @@ from itertools import islice
 
 import torch
 
-from roi_lib.evaluation import Sitting, check_budget
 from roi_lib.exams import (
     Exam,
     Segment,
@@ -39,6 +38,7 @@ from roi_lib.exams import (
 from roi_lib.generation import BudgetedGenerator, Request, Rollout
 from roi_lib.grading import grade
 from roi_lib.problems import Problem
+from roi_lib.sitting import Sitting, check_budget
 from roi_lib.worlds import RARLRecipe, World
 
 STYLE = "roi"  # the prompting style whose responses carry level tags

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 from roi_lib.checkpoints import load_training_state, newest_complete, save_step, write_folder
-from roi_lib.evaluation import Sitting, segment_table
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.rarl import Group, completion_logprobs, pad_right, train_step
+from roi_lib.sitting import Sitting, segment_table
 from roi_lib.training import TrainingLog, folder_lock, same_recipe
 from roi_lib.worlds import TIERS, RARLRecipe, World
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from roi_lib.evaluation import Rational, Setting, make_records, sit_methods
+from roi_lib.evaluation import Setting, make_records, sit_methods
 from roi_lib.exams import draw_papers
 from roi_lib.files import write_csv
 from roi_lib.methods import EngineChoice
-from roi_lib.runlog import model_hash
 from roi_lib.worlds import World
 
 BUDGET_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5)  # of the world's largest budget
@@ -91,20 +90,15 @@ def run_sweep(
         here = replace(choice, log=choice.log / f"{sweep}-{i}") if choice.log else choice
         setting = Setting(world, papers, seed, point.temperature, choice=here)
         results = sit_methods(setting, methods, point.budgets, workers)
-        hashes = {name: model_hash(setting.checkpoint(name) or "")[:12] for name in methods}
-        names = {r.method: r.method.removesuffix("_tagged") if isinstance(r, Rational) else r.method
-                 for r in results}
-        yield [as_row(sweep, point, record, hashes[names[record["method"]]])
-               for record in make_records(setting, results)]
+        yield [as_row(sweep, point, record) for record in make_records(setting, results)]
 
 
-def as_row(sweep: str, point: Point, record: dict, model: str) -> dict:
+def as_row(sweep: str, point: Point, record: dict) -> dict:
     """A record of one setting as a row of the file."""
     low_high = {f"{key}_{end}": (record[f"{key}_ci"] or (None, None))[i]
                 for key in ("score", "regret") for i, end in enumerate(("low", "high"))}
     row = record | low_high | {
-        "sweep": sweep, "x": point.x or str(record["budget"]), "tiers": "-".join(point.tiers),
-        "model_hash": model}
+        "sweep": sweep, "x": point.x or str(record["budget"]), "tiers": "-".join(point.tiers)}
     if "plug_in" in record:  # the rational test-taker itself
         row |= {"rational": record["score"], "rational_plug_in": record["plug_in"]}
     return {name: round(value, 6) if isinstance(value := row.get(name), float) else value

@@ -1,5 +1,6 @@
 """Sweeps: their settings, their rows, and a run that goes on from its logs."""
 
+import json
 from dataclasses import replace
 
 import matplotlib
@@ -7,8 +8,9 @@ import pytest
 from test_cli import run
 
 from roi_lib.plots import sweep_lines, use_style
+from roi_lib.runlog import model_hash
 from roi_lib.sweeps import COLUMNS, points, read_sweep, run_sweep, write_sweep
-from roi_lib.worlds import PAPER, POCKET, TIERS
+from roi_lib.worlds import DATA, PAPER, POCKET, TIERS
 
 matplotlib.use("Agg")
 SMALL = replace(POCKET, budgets=(24, 48))
@@ -32,6 +34,7 @@ def test_settings():
 def test_rows_come_back_from_the_file(tmp_path):
     rows = [row for part in run_sweep(SMALL, "problems", ["replay"], 4) for row in part]
     assert len(rows) == 15 and all(tuple(row) == COLUMNS for row in rows)
+    assert {row["model_hash"] for row in rows} == {""}, "reference solutions have no model"
     assert [row["x"] for row in rows[::3]] == ["2", "3", "4", "5", "6"]
     assert {row["n_problems"] for row in rows} == {2, 3, 4, 5, 6}
     assert all(row["score_low"] <= row["score"] <= row["score_high"] for row in rows)
@@ -77,3 +80,14 @@ def test_the_plot_draws_numbers_and_words():
         assert figure.axes[1].get_title(loc="left") == "hard order" and len(figure.axes) == 2
         lines = [line.get_ydata().tolist() for line in figure.axes[1].lines]
         assert hard in lines
+
+
+@pytest.mark.parametrize("path", [*sorted(DATA.glob("sweep-*.csv")),
+                                  DATA / "main-table" / "records.json"], ids=lambda p: p.stem)
+def test_shipped_tables_are_of_the_shipped_models(path):
+    """A checkpoint that changes wants its tables made again."""
+    rows = json.loads(path.read_text()) if path.suffix == ".json" else read_sweep(path)
+    assert len({row["method"] for row in rows}) > 3
+    for row in rows:
+        checkpoint = POCKET.method(row["method"].removesuffix("_tagged")).checkpoint
+        assert row["model_hash"] == model_hash(checkpoint)[:12], f"{path}: {row['method']}"
