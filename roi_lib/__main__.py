@@ -79,7 +79,11 @@ def method_names(world, given: list[str]) -> list[str]:
     for name in given:
         if name != "all":
             world.method(name)
-    return [name for word in given for name in (available(world) if word == "all" else [word])]
+    here = available(world)
+    if "all" in given and not here:
+        raise ValueError(f"no method of the world {world.name} has its checkpoint on this machine; "
+                         "name methods whose checkpoints the hub has, such as --methods base")
+    return [name for word in given for name in (here if word == "all" else [word])]
 
 
 def exam_papers(args, world):

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 from transformers import GenerationConfig
 
 from roi_lib.checkpoints import load_model, locate
@@ -54,7 +55,7 @@ class VLLMGenerator(BudgetedGenerator):
         eos_ids: token ids that end a response.
         dtype: "float32" for the pocket model; "auto" for what the checkpoint holds. vLLM has no
             float64.
-        max_length: longest prompt and response together, in tokens.
+        max_length: longest prompt and response together, in tokens; None: what the model takes.
         chunk: requests handed over at a time; between chunks a run can be interrupted and logged.
 
     Raises:
@@ -62,7 +63,7 @@ class VLLMGenerator(BudgetedGenerator):
     """
 
     def __init__(self, model: str, eos_ids: Sequence[int], dtype: str = "auto",
-                 max_length: int = 1_024, chunk: int = 256) -> None:
+                 max_length: int | None = None, chunk: int = 256) -> None:
         if not vllm_installed():
             raise ModuleNotFoundError(INSTALL_VLLM)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its own default takes half
@@ -80,9 +81,19 @@ class VLLMGenerator(BudgetedGenerator):
     def stream(
         self, requests: Sequence[Request], temperature: float = 1.0
     ) -> Iterator[tuple[int, list[Rollout]]]:
-        """See `BudgetedGenerator`."""
+        """See `BudgetedGenerator`.
+
+        Raises:
+            ValueError: a prompt and its budget are longer than `max_length`; vLLM would end the
+                response before its budget, and say nothing.
+        """
         from vllm import SamplingParams
 
+        longest = max((len(r.prompt) + r.budget for r in requests), default=0)
+        if longest > self.engine.model_config.max_model_len:
+            raise ValueError(
+                f"a prompt and its budget have {longest} tokens, and the engine was made for "
+                f"{self.engine.model_config.max_model_len}; give max_length={longest} or more")
         for start in range(0, len(requests), self.chunk):
             chunk = requests[start : start + self.chunk]
             rows = [(r, SamplingParams(
@@ -247,15 +258,17 @@ class OpenAIGenerator(BudgetedGenerator):
 
     def _reply(self, request: Request, k: int, temperature: float, retries: int):
         """One try."""
+        # A server may take other defaults from the model's generation config.
         options = {"model": self.model, "max_tokens": request.budget, "temperature": temperature,
-                   "seed": stream_seed(request, k)}
+                   "top_p": 1.0, "seed": stream_seed(request, k)}
         if self.api == "chat":
             reply = self.client.chat.completions.create(
                 messages=[{"role": "user", "content": request.message}], **options)
         else:
             reply = self.client.completions.create(
                 prompt=list(request.prompt), **options,
-                extra_body={"return_token_ids": True, "stop_token_ids": self.eos_ids})
+                extra_body={"return_token_ids": True, "stop_token_ids": self.eos_ids, "top_k": 0,
+                            "repetition_penalty": 1.0})
         choices = getattr(reply, "choices", None)
         if not choices:
             raise BadAnswer("the reply has no choice")
@@ -295,7 +308,7 @@ ENGINES = ("torch", "vllm", "openai", "replay")
 
 def make_engine(name: str, checkpoint: str, tokenizer, dtype: str = "auto",
                 **options) -> BudgetedGenerator:
-    """The torch, vllm or openai engine for a checkpoint.
+    """The torch (on a GPU where there is one), vllm or openai engine for a checkpoint.
 
     Args:
         name: see `ENGINES` (a replay needs no engine: see `runlog.LoggedGenerator`).
@@ -307,7 +320,9 @@ def make_engine(name: str, checkpoint: str, tokenizer, dtype: str = "auto",
         ValueError: unknown engine.
     """
     if name == "torch":
-        return TorchGenerator.of(load_model(checkpoint, dtype), tokenizer, **options)
+        model = load_model(checkpoint, dtype)
+        return TorchGenerator.of(model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                                 tokenizer, **options)
     if name == "vllm":
         return VLLMGenerator(checkpoint, eos_ids_of(checkpoint, tokenizer),
                              "float32" if dtype == "float64" else dtype, **options)

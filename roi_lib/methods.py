@@ -184,7 +184,10 @@ def sit_method(setting: Setting, name: str, budgets: Sequence[int]) -> list[Sat 
             another run.
     """
     world, method, checkpoint = setting.world, setting.world.method(name), setting.checkpoint(name)
-    tokenizer = load_tokenizer(setting.tokenizer or checkpoint or world.tokenizer,
+    # What a chat server calls its model names no tokenizer: its text is charged in the world's.
+    chat = setting.choice.name == "openai" and setting.choice.options.get("api") == "chat"
+    own = None if chat and checkpoint and locate(checkpoint) is None else checkpoint
+    tokenizer = load_tokenizer(setting.tokenizer or own or world.tokenizer,
                                default=world.tokenizer)
     for budget in budgets:
         check_budget(world, tokenizer, budget)
