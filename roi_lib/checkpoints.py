@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from roi_lib.worlds import DATA
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder is missing, incomplete or changed."""
+    """A checkpoint is missing, incomplete or changed, or goes with another tokenizer."""
 
 
 def file_hash(path: Path) -> str:
@@ -35,8 +35,11 @@ def file_hash(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sizes and hashes of all files of a folder; written last, it says that the folder is whole."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    """Sizes and hashes of all files of a folder; written last, it says that the folder is whole.
+
+    A manifest found there is replaced: a trainer saves once more over what it had to pass over.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_hash(p)}
                 for p in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -67,13 +70,19 @@ def verify_folder(folder: Path) -> None:
     """Check every file of a folder against its manifest.
 
     Raises:
-        CheckpointError: no folder, no manifest, or a file that is missing or differs.
+        CheckpointError: no folder, no manifest or half of one, or a file that is missing or
+            differs.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}")
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written to the end")
-    for name, facts in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:  # the disk was full (FAULTS F4), or the run killed, just here
+        raise CheckpointError(f"{folder / MANIFEST} is cut short: the folder was not written to "
+                              "the end") from error
+    for name, facts in manifest.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path} is missing or cut short; restore the folder and retry")
@@ -144,6 +153,15 @@ def locate(name: str) -> Path | None:
     return next((p for p in (Path(name), DATA / name) if p.is_dir()), None)
 
 
+def tokenizer_name(name: str, default: str) -> str:
+    """Whose tokenizer a checkpoint goes with: its own, or `default`'s.
+
+    A hub id always has its own; a local folder has one if it holds `tokenizer_config.json`.
+    """
+    folder = locate(name)
+    return default if folder and not (folder / "tokenizer_config.json").is_file() else name
+
+
 def load_tokenizer(name: str, default: str | None = None):
     """The tokenizer of a folder, of a name below `data/`, or of a hub id.
 
@@ -151,12 +169,36 @@ def load_tokenizer(name: str, default: str | None = None):
         default: taken instead where `name` is a local folder without a tokenizer of its own.
 
     Raises:
-        CheckpointError: it is neither here nor to be had from the hub.
+        CheckpointError: it is neither here nor to be had from the hub, or its files differ from
+            its manifest.
     """
-    folder = locate(name)
-    if default and folder and not (folder / "tokenizer_config.json").is_file():
-        name = default
-    return _load(AutoTokenizer, name)
+    return _load(AutoTokenizer, tokenizer_name(name, default) if default else name)
+
+
+def load_config(name: str):
+    """The configuration of a checkpoint's model, without its weights; see `load_tokenizer`.
+
+    Raises:
+        CheckpointError: not to be had, or its files differ from its manifest.
+    """
+    return _load(AutoConfig, name)
+
+
+def check_tokenizer(config, tokenizer, name: str) -> None:
+    """Refuse a tokenizer that has words for which the model has no embedding.
+
+    Args:
+        config: of the model.
+        name: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: the tokenizer has more tokens than the model.
+    """
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise CheckpointError(
+            f"the model of {name!r} knows {size:,} tokens, but the tokenizer {len(tokenizer):,}: "
+            "they do not belong together; save the model's own tokenizer in its folder")
 
 
 def load_model(name: str, dtype: str = "auto"):

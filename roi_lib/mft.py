@@ -27,9 +27,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from roi_lib.checkpoints import (
+    check_tokenizer,
+    load_config,
     load_model,
     load_tokenizer,
     newest_complete,
+    tokenizer_name,
     write_manifest,
 )
 from roi_lib.engines import make_engine
@@ -524,10 +527,16 @@ def run(
         root: local folder of the datasets.
 
     Raises:
-        ValueError: `work` holds a run of another recipe or model, or another process is at it.
+        CheckpointError: there is no such checkpoint, or its tokenizer does not fit its model.
+        ValueError: `work` holds a run of another recipe or model, or another process is at it; an
+            unknown engine; a recipe that `check_recipe` refuses; not one sampled answer is right.
+        FloatingPointError: NaN or infinite logits, loss or gradient.
+        OSError: the disk is full.
     """
     checkpoint = checkpoint or world.method("base").checkpoint
-    tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
+    source = tokenizer_name(checkpoint, world.tokenizer)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(load_config(checkpoint), tokenizer, checkpoint)
     check_recipe(world, tokenizer, recipe)
     with folder_lock(work):
         same_recipe(work, asdict(recipe) | {"world": world.name, "model": model_hash(checkpoint)})
@@ -556,10 +565,11 @@ def run(
                                        tokenizer)
             documents["calibration"] = calibrate(world, tokenizer, base, tagged, papers,
                                                  recipe.samples, recipe.seed + 1)
-        card = model_card(out.name, world, checkpoint, recipe, documents,
+        card = model_card(out.name, world, checkpoint, source, recipe, documents,
                           f"{len(rows):,} rows, {tokens / 1e6:.1f} million tokens, "
                           f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
-        write_checkpoint(out, model.float(), work / "log.csv", card, **documents)
+        own = load_tokenizer(source) if source == checkpoint else None  # as no trainer has set it
+        write_checkpoint(out, model.float(), work / "log.csv", card, own, **documents)
 
 
 def as_table(rows: Sequence[dict]) -> str:
@@ -569,9 +579,9 @@ def as_table(rows: Sequence[dict]) -> str:
                      for line in lines)
 
 
-def model_card(name, world, checkpoint, recipe, documents, made) -> str:
+def model_card(name, world, checkpoint, tokenizer, recipe, documents, made) -> str:
     """The README of the checkpoint."""
-    card = CARD.format(name=name, checkpoint=checkpoint, tokenizer=world.tokenizer, made=made,
+    card = CARD.format(name=name, checkpoint=checkpoint, tokenizer=tokenizer, made=made,
                        world=world.name, recipe=json.dumps(asdict(recipe), indent=1),
                        labels=as_table(documents["labels"]))
     if "calibration" not in documents:

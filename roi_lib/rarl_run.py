@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roi_lib.checkpoints import load_model, load_tokenizer
+from roi_lib.checkpoints import check_tokenizer, load_model, load_tokenizer, tokenizer_name
 from roi_lib.evaluation import Setting, exam_table, segment_table, sit, summarize
 from roi_lib.exams import draw_papers
 from roi_lib.generation import TorchGenerator
@@ -58,7 +58,7 @@ def run(
         engine, vllm_url, root: see `train_model`.
 
     Raises:
-        ValueError: see `train_model`.
+        ValueError, CheckpointError, FloatingPointError, OSError: see `train_model`.
     """
     checkpoint = checkpoint or world.method("mft").checkpoint
     model = train_model(world, checkpoint, recipe, work, engine, vllm_url, root)
@@ -91,7 +91,7 @@ def train_model(
     Raises:
         ValueError: `work` holds another run, or another process is at it; an engine that this
             recipe's trainer does not have.
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or its tokenizer does not fit its model.
         FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
     """
     if recipe.trl is None and engine != "torch":
@@ -99,6 +99,7 @@ def train_model(
                          f"{world.name} does not use; leave --engine out")
     tokenizer = load_tokenizer(checkpoint, default=world.tokenizer)
     model, pool = load_model(checkpoint, "float32"), problem_pool(world, root)
+    check_tokenizer(model.config, tokenizer, checkpoint)
     if recipe.trl is None:
         return train(world, tokenizer, model, recipe, work, pool)
     from roi_lib import rarl_trl  # takes seconds, and only large models need it
@@ -151,21 +152,25 @@ def publish(
 ) -> None:
     """Write the checkpoint folder: weights, `log.csv`, `exam.json`, and the card.
 
+    The tokenizer goes with them where the run's start brought its own.
+
     Args:
         log: the run's `log.csv`.
         start: name of the checkpoint that the run began with.
         records: what `measure` returned, before and after.
     """
+    source = tokenizer_name(start, world.tokenizer)
+    own = load_tokenizer(source) if source == start else None
     with log.open(newline="") as stream:
         seconds = float(list(csv.DictReader(stream))[-1]["seconds"])
     card = CARD.format(
-        name=out.name, start=start, world=world.name, tokenizer=world.tokenizer,
+        name=out.name, start=start, world=world.name, tokenizer=source,
         parameters=f"{model.num_parameters():,}", steps=recipe.steps, seed=recipe.seed,
         minutes=f"{seconds / 60:.0f}", threads=torch.get_num_threads(),
         recipe=json.dumps(asdict(recipe), indent=1), table=exam_table(list(records)),
         papers=f"{records[0]['n_exams']:,}", papers_seed=records[0]["seed"],
         tags=tag_table(records))
-    write_checkpoint(out, model.float(), log, card, exam=list(records))
+    write_checkpoint(out, model.float(), log, card, own, exam=list(records))
 
 
 def tag_table(records: Sequence[dict]) -> str:

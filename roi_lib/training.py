@@ -119,15 +119,21 @@ class Together(torch.optim.Optimizer):
         self.param_groups = self._groups()
 
 
-def write_checkpoint(out: Path, model, log: Path, card: str, **documents) -> None:
+def write_checkpoint(
+    out: Path, model, log: Path, card: str, tokenizer=None, **documents
+) -> None:
     """Write what a run made: weights (safetensors), its `log.csv`, its card, and JSON documents.
 
     Args:
         card: becomes README.md.
+        tokenizer: that of the checkpoint which the run started from, where it brought its own
+            (see `checkpoints.tokenizer_name`): otherwise its heir would be read with the world's.
         documents: `name=value` becomes `name.json`.
     """
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         shutil.copy(log, folder / "log.csv")
         (folder / "README.md").write_text(card)
         for name, value in documents.items():

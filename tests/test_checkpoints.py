@@ -11,14 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from roi_lib.checkpoints import (
     CheckpointError,
+    check_tokenizer,
+    load_config,
     load_model,
     load_tokenizer,
     newest_complete,
+    tokenizer_name,
     verify_folder,
     write_folder,
+    write_manifest,
 )
 from roi_lib.pretrain import pretrain
-from roi_lib.worlds import DATA, POCKET
+from roi_lib.worlds import DATA, PAPER, POCKET
 
 SHIPPED = sorted(path.parent for path in DATA.glob("*/manifest.json"))
 
@@ -53,6 +57,21 @@ def test_F1_F2_the_newest_complete_folder_is_taken_and_the_broken_named(tmp_path
     assert "step-3/rng is missing" in str(told[0].message)
     assert "step-2/weights differs" in str(told[1].message)
     assert newest_complete(tmp_path / "nowhere") is None
+
+
+def test_F1_F4_a_manifest_cut_short_is_no_manifest(tmp_path):
+    for step in (1, 2):
+        write(tmp_path / f"step-{step}", weights="w")
+    (tmp_path / "step-2" / "manifest.json").write_text('{\n "weights": {')
+    with pytest.warns(UserWarning, match="step-2/manifest.json is cut short"):
+        assert newest_complete(tmp_path) == tmp_path / "step-1"
+
+
+def test_F1_a_folder_that_a_trainer_saves_once_more_is_whole(tmp_path):
+    write(tmp_path / "step-1", weights="damaged")
+    (tmp_path / "step-1" / "weights").write_text("new")
+    write_manifest(tmp_path / "step-1")
+    verify_folder(tmp_path / "step-1")
 
 
 def test_F2_a_truncated_file_is_refused(tmp_path):
@@ -126,6 +145,22 @@ def test_shipped_tokenizer_is_the_one_the_code_builds(tokenizer):
     assert shipped.get_vocab() == tokenizer.get_vocab()
     assert shipped.chat_template == tokenizer.chat_template
     assert len(load_tokenizer("pocket-base", POCKET.tokenizer)) == len(tokenizer)
+
+
+def test_a_tokenizer_comes_with_its_checkpoint_or_from_the_world(tmp_path):
+    assert tokenizer_name("Qwen/Qwen2.5-7B-Instruct", PAPER.tokenizer) == "Qwen/Qwen2.5-7B-Instruct"
+    assert tokenizer_name("pocket-base", POCKET.tokenizer) == POCKET.tokenizer
+    assert tokenizer_name(str(tmp_path), "gsm8k-bpe") == "gsm8k-bpe"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert tokenizer_name(str(tmp_path), "gsm8k-bpe") == str(tmp_path)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused():
+    config = load_config("pocket-base")
+    check_tokenizer(config, load_tokenizer(POCKET.tokenizer), "pocket-base")
+    with pytest.raises(CheckpointError, match="'pocket-base' knows 264 tokens, but the tokenizer "
+                                              "4,096: they do not belong together"):
+        check_tokenizer(config, load_tokenizer("gsm8k-bpe"), "pocket-base")
 
 
 def test_F29_no_hub(monkeypatch):

@@ -11,7 +11,7 @@ from conftest import TINY
 
 from roi_lib import mft
 from roi_lib.__main__ import change, main
-from roi_lib.checkpoints import load_model, load_tokenizer, verify_folder
+from roi_lib.checkpoints import CheckpointError, load_model, load_tokenizer, verify_folder
 from roi_lib.evaluation import reference_generator, segment_table, sit
 from roi_lib.exams import Exam, draw_papers, parse_response, reference_response
 from roi_lib.generation import ReplayGenerator
@@ -329,9 +329,9 @@ def header(world, model, seed=0):
             "seed": seed}
 
 
-def sampled(world, path, head, count, root=None):
+def sampled(world, path, head, count, root=None, tokenizer=None):
     """Write the samples of a run into its cache: a random model has no right ones of its own."""
-    tokenizer = load_tokenizer(world.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(world.tokenizer)
     problems = mft.training_problems(world, count, root=root)
     exams = [Exam((p,), "easy") for p in problems]
     writer = reference_generator(world, tokenizer, exams, [world.level_edges[-1]], "direct")
@@ -371,6 +371,7 @@ def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path):
     assert [r["problems"] for r in json.loads((tmp_path / "out" / "labels.json").read_text())] == [
         r["problems"] for r in json.loads((tmp_path / "work" / "labels.json").read_text())]
     assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 3  # head, steps 4 and 8
+    assert not list((tmp_path / "out").glob("tokenizer*")) and "`pocket-tokenizer`" in card
     first = load_model(str(tmp_path / "out"), "float32").state_dict()
     # killed before the checkpoint was in place, the same command ends with the same weights
     (tmp_path / "out").rename(tmp_path / "first")
@@ -379,6 +380,28 @@ def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path):
     assert all(torch.equal(again[name], first[name]) for name in first)
     before = load_model(str(start["pocket"]), "float32").state_dict()
     assert not torch.equal(first["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_a_start_with_its_own_tokenizer_hands_it_on(tmp_path):
+    """As models of the hub do; their heir read with the world's tokenizer would be nonsense."""
+    folder, problems = tmp_path / "start", mft.training_problems(POCKET, 8)
+    words = train_bpe((p.text + p.solution for p in problems), size=400)
+    new_model(words, TINY).save_pretrained(folder)
+    words.save_pretrained(folder)
+    words = load_tokenizer(str(folder))  # transformers adds Qwen's end of text, so that ...
+    with pytest.raises(CheckpointError, match="they do not belong together"):
+        mft.run(POCKET, tmp_path / "out", tmp_path / "work", SMALL, str(folder))
+    assert not (tmp_path / "work").exists()
+    new_model(words, TINY).save_pretrained(folder)
+    sampled(POCKET, tmp_path / "work", header(POCKET, folder), 8, tokenizer=words)
+    command(POCKET, {"pocket": folder}, tmp_path, "problems=8", "log_every=4", "tag_weight=1")
+    verify_folder(tmp_path / "out")
+    found = load_tokenizer(str(tmp_path / "out"), POCKET.tokenizer)
+    text = POCKET.prompts["roi"] + problems[0].text
+    assert found.get_vocab() == words.get_vocab() and len(found) > 400
+    assert found(text).input_ids == words(text).input_ids
+    assert found.chat_template == words.chat_template and found.eos_token == words.eos_token
+    assert f"Tokenizer: `{folder}`" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_paper_command_on_real_rows(start, tmp_path, real_data):

@@ -10,11 +10,12 @@ from test_rarl import tiny
 
 from roi_lib import rarl_run
 from roi_lib.__main__ import change, main
-from roi_lib.checkpoints import load_model, load_tokenizer, verify_folder
+from roi_lib.checkpoints import CheckpointError, load_model, load_tokenizer, verify_folder
 from roi_lib.evaluation import run_method
 from roi_lib.exams import draw_papers
 from roi_lib.pretrain import new_model
 from roi_lib.rarl_loop import fingerprint
+from roi_lib.tokenizer import train_bpe
 from roi_lib.worlds import POCKET
 
 QUICK = ["--set", "steps=2", "--set", "exams=2", "--set", "rollouts=4"]
@@ -43,6 +44,7 @@ def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path, capsys):
         folder = work / "kept" / f"step-{step:06d}"
         verify_folder(folder)
         assert fingerprint(load_model(str(folder), "float32")) == fingerprint(same)
+    assert not list(out.glob("tokenizer*"))  # it is read with the world's
     card, records = (out / "README.md").read_text(), json.loads((out / "exam.json").read_text())
     assert "--world pocket --seed 3" in card and '"seed": 3' in card and card.count("rarl  ") == 6
     assert [r["method"] for r in records] == ["start"] * 6 + ["rarl"] * 6
@@ -58,6 +60,26 @@ def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path, capsys):
     command(*arguments)
     assert "step 2/2" not in capsys.readouterr().out
     assert fingerprint(load_model(str(out), "float32")) == fingerprint(model)
+
+
+def test_a_start_with_its_own_tokenizer_hands_it_on(tmp_path):
+    start, out = tmp_path / "start", tmp_path / "out"
+    texts = [p.text + p.solution for paper in draw_papers(POCKET, 20) for p in paper]
+    words = train_bpe(texts, size=400)
+    tiny(words).save_pretrained(start)
+    words.save_pretrained(start)
+    arguments = ["train", "rarl", "--model", start, *QUICK, "--papers", 2, "--work",
+                 tmp_path / "work", "--out", out]
+    words = load_tokenizer(str(start))  # transformers adds Qwen's end of text, so that ...
+    with pytest.raises(CheckpointError, match="they do not belong together"):
+        rarl_run.train_model(POCKET, str(start), POCKET.rarl, tmp_path / "work")
+    tiny(words).save_pretrained(start)
+    command(*arguments)
+    verify_folder(out)
+    found = load_tokenizer(str(out), POCKET.tokenizer)
+    assert found.get_vocab() == words.get_vocab() and len(found) > 400
+    assert found(texts[0]).input_ids == words(texts[0]).input_ids
+    assert f"tokenizer `{start}`" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -7,7 +7,16 @@ import sys
 import pytest
 import torch
 
-from roi_lib.training import Together, TrainingLog, folder_lock, muon_and_adamw
+from roi_lib.checkpoints import load_tokenizer, verify_folder
+from roi_lib.tokenizer import train_bpe
+from roi_lib.training import (
+    Together,
+    TrainingLog,
+    folder_lock,
+    muon_and_adamw,
+    write_checkpoint,
+)
+from roi_lib.worlds import PAPER
 
 
 def test_a_continued_log_repeats_no_step(tmp_path):
@@ -37,6 +46,21 @@ def test_F5_two_processes_never_share_a_folder(tmp_path):
             pass
     third = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert third.stdout == "held\n"
+
+
+def test_a_checkpoint_holds_a_tokenizer_only_if_it_is_given_one(model, tmp_path):
+    """Without one it is read with the world's; the paper world's stand-in has 4,096 words."""
+    (tmp_path / "log.csv").write_text("step\n")
+    words = train_bpe(["Q1. 3 + 4 = 7", "Level-1"], size=300)
+    write_checkpoint(tmp_path / "own", model, tmp_path / "log.csv", "card", words, facts=[1])
+    write_checkpoint(tmp_path / "none", model, tmp_path / "log.csv", "card", facts=[1])
+    for name in ("own", "none"):
+        verify_folder(tmp_path / name)
+        assert (tmp_path / name / "facts.json").read_text() == "[\n 1\n]\n"
+    found = load_tokenizer(str(tmp_path / "own"), PAPER.tokenizer)
+    assert found("Q1. 3 + 47").input_ids == words("Q1. 3 + 47").input_ids
+    assert found.chat_template == words.chat_template
+    assert len(load_tokenizer(str(tmp_path / "none"), PAPER.tokenizer)) == 4_096
 
 
 def steps(model, optimizer, scheduler, count, seed):
