@@ -50,8 +50,7 @@ def exam(args) -> None:
     print("\n\n".join(filter(None, (exam_table(records), shortfall_table(records),
                                     difference_table(records)))))
     report_failures(args, records)
-    if len(papers) == 1:
-        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
+    note_on_one_exam(len(papers))
     if args.out:
         write_json(args.out, records)
         print(f"wrote {args.out}")
@@ -70,6 +69,12 @@ def exam(args) -> None:
                   else tokens_by_position(first))
         figure.savefig(args.plot)
         print(f"wrote {args.plot}")
+
+
+def note_on_one_exam(exams: int) -> None:
+    """Say why there are no intervals."""
+    if exams == 1:
+        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
 
 
 def method_names(world, given: list[str]) -> list[str]:
@@ -119,6 +124,7 @@ def sweep(args) -> None:
         rows += part
         print(f"{len({row['x'] for row in rows})} settings done" if total > 1 else "done",
               file=sys.stderr)
+    note_on_one_exam(args.exams)
     write_sweep(args.out, rows)
     print(f"wrote {args.out}: {len(rows)} rows")
 

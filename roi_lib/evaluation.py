@@ -97,6 +97,27 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[floa
     return float(a.mean() - b.mean()), paired_interval([a, b], lambda x, y: x - y, seed)
 
 
+def regret_difference(
+    a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: np.ndarray, seed: int = 0
+) -> tuple[float, list | None]:
+    """Regret of method a minus that of b, and its interval.
+
+    All four are points of the same papers in the same sequence: each method's in the order in
+    question and in the easy one.
+
+    Raises:
+        ValueError: not as many of one as of another.
+    """
+    columns = [a, a_easy, b, b_easy]
+    if len(set(map(len, columns))) > 1:
+        raise ValueError(f"a paired difference needs the same papers, not {[*map(len, columns)]}")
+
+    def statistic(x, x_easy, y, y_easy):
+        return (x_easy - x) / x_easy - (y_easy - y) / y_easy
+
+    return float(statistic(*(c.mean() for c in columns))), paired_interval(columns, statistic, seed)
+
+
 def marks(sittings: Sequence[Sitting]) -> np.ndarray:
     """Number of problems solved, one an exam."""
     return np.array([sum(s.correct) for s in sittings], float)

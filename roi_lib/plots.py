@@ -218,13 +218,14 @@ def token_strips(names, responses, budget):
     fig, ax = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(names)))
     parts = max(len(r.segments) for r in responses)
     labels = ["preamble", *(f"problem {i + 1}" for i in range(parts))]
+    written = {"preamble"} if any(r.preamble for r in responses) else set()
     for y, response in enumerate(responses):
         left = 0
         costs = [response.preamble, *(segment.cost for segment in response.segments)]
         styles = zip(labels, costs, ["#BBBBBB", *LIGHT], ["++", *HATCHES], strict=False)
         for label, cost, color, hatch in styles:
             ax.barh(y, cost, 0.7, left, color=color, hatch=hatch, edgecolor="#777777",
-                    label=label if y == 0 else None)
+                    label=label if y == 0 and label in {*labels[1:], *written} else None)
             if cost > 0.05 * budget:
                 ax.text(left + cost / 2, y, cost, ha="center", va="center",
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
@@ -232,6 +233,7 @@ def token_strips(names, responses, budget):
     ax.axvline(budget, color="black", linestyle="--", linewidth=1.5)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=f"tokens (dashed: the budget of {budget})")
+    ax.set_xlim(0, max(ax.get_xlim()[1], 1.03 * budget))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.legend(ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
@@ -320,21 +322,25 @@ def mft_log(log):
     return fig
 
 
-def confusion_matrix(counts):
-    """Predicted against real level, [predicted, real]: counts, and shares of each row; a Figure."""
+def confusion_matrix(counts, title=""):
+    """Predicted against real level, [predicted, real]: counts, and shares of each row; a Figure.
+
+    A row of fewer than 20 problems is not shaded.
+    """
     counts = np.asarray(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shades = np.where(counts.sum(1, keepdims=True) < 20, 0, shares)
     fig, ax = plt.subplots(figsize=(5.6, 4.2))
-    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    ax.imshow(shades, cmap="Greys", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f"{n:,}\n{shares[i, j]:.0%}", ha="center", va="center",
-                color="white" if shares[i, j] > 0.55 else "black",
+                color="white" if shades[i, j] > 0.55 else "black",
                 fontweight="bold" if i == j else "normal")
     names = [f"Level-{level}" for level in range(len(counts))]
     ax.set_xticks(range(len(counts)), names)
     ax.set_yticks(range(len(counts)), [f"{n}\n({c:,})" for n, c in
                                        zip(names, counts.sum(1), strict=True)])
-    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)")
+    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)", title=title)
     ax.grid(visible=False)
     return fig
 
@@ -349,12 +355,17 @@ def line_panels(panels, columns=2, height=3.2):
     """Line plots side by side; a Figure.
 
     `panels` holds (x, {label: array like x}, xlabel, ylabel, title) for each; NaN leaves a gap.
+    A label that is the name of a method gets the method's look.
     """
     fig, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
     fig.set_size_inches(WIDTH, height * len(axes))
     for ax, (x, series, xlabel, ylabel, title) in zip(axes.flat, panels, strict=False):
         for j, (label, y) in enumerate(series.items()):
-            ax.plot(x, y, label=label, markevery=max(1, len(x) // 6), **_style(j))
+            style, name = _style(j), label
+            if label in METHODS:
+                name, *look = method_look(label)
+                style = dict(zip(("color", "linestyle", "marker"), look, strict=False))
+            ax.plot(x, y, label=name, markevery=max(1, len(x) // 6), **style)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1:
             ax.legend()
@@ -467,6 +478,9 @@ METHODS = {
 }
 
 
+BOUNDS = ("optimal", "optimal_tagged")
+
+
 def method_look(name):
     """Label, color, line style, marker and hatch of a method; any other name is its own label."""
     return METHODS.get(name, (name, "#777777", "-", "h", "oo"))
@@ -488,28 +502,30 @@ def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score
     place = {name: float(name) if plain else i for i, name in enumerate(names)}
     methods = list(dict.fromkeys(r["method"] for r in rows))
     gap = np.diff(sorted(place.values())).min() if len(place) > 1 else 1.0
+    sat = [m for m in methods if m not in BOUNDS]
     fig, axes = plt.subplots(1, len(orders), sharey=True, squeeze=False, figsize=(WIDTH, 4.0))
     for ax, order in zip(axes[0], orders, strict=True):
-        for i, method in enumerate(methods):
+        for method in methods:
             own = _chosen(rows, method=method, order=order)
             label, color, line, marker, _ = method_look(method)
             x = np.array([place[r["x"]] for r in own])
             y = np.array([r[value] for r in own], float)
-            if method in ("optimal", "optimal_tagged"):
+            if method in BOUNDS:
                 ax.plot(x, y, color=color, linestyle=line, label=label, zorder=1.5)
                 if value == "score":
                     ax.fill_between(x, y, [r["rational_plug_in"] for r in own], color=color,
                                     alpha=0.25, linewidth=0)
                 continue
             ends = np.array([[r[f"{value}_low"], r[f"{value}_high"]] for r in own], float).T
-            shift = (i - (len(methods) - 1) / 2) * 0.06 * gap  # intervals stand side by side
+            # intervals stand side by side
+            shift = (sat.index(method) - (len(sat) - 1) / 2) * 0.06 * gap
             ax.errorbar(x + shift, y, np.abs(ends - y), color=color, linestyle=line, capsize=2,
                         marker=marker, markersize=5, linewidth=1.5, elinewidth=1.2, label=label)
         ax.set(xlabel=xlabel, title=f"{order} order")
         if not plain:
             ax.set_xticks(list(place.values()), [n.replace("-", "\n") for n in names], fontsize=9)
-        elif len(names) < 6:
-            ax.set_xticks(list(place.values()), names)
+        elif len(names) < 9:
+            ax.set_xticks(list(place.values()), names, fontsize=9 if len(names) > 6 else None)
     axes[0, 0].set_ylabel(ylabel or {"score": "Score [problems solved]"}.get(value, value))
     _legend_above(fig, axes[0, 0])
     return fig
@@ -559,12 +575,15 @@ def score_split(records, budget, orders=("medium", "hard")):
     return fig
 
 
+FEW = 30  # a share or a percentile of fewer says little
+
+
 def token_lengths(columns, budget, order):
     """Tokens spent on the problems that were tried, a panel a tier, a row a method; a Figure.
 
     `columns` is {method: `rollouts.load_columns`}. A line from the 5 to the 95 % percentile, a bar
-    over the middle half, the median as a dot; on the right, how many were tried, skipped, or met
-    a budget run dry.
+    over the middle half, the median as a dot (nothing for fewer than `FEW`); on the right, how many
+    were tried, skipped, or met a budget run dry.
     """
     tiers = ("easy", "medium", "hard")
     fig, axes = plt.subplots(len(tiers), 1, sharex=True, layout="constrained",
@@ -573,7 +592,7 @@ def token_lengths(columns, budget, order):
         for y, (method, c) in enumerate(columns.items()):
             here = (c["budget"] == budget) & (c["order"] == order) & (c["tier"] == tier)
             tried, skipped = here & c["reached"] & ~c["skipped"], here & c["skipped"]
-            if tried.any():
+            if tried.sum() >= FEW:
                 p5, p25, p50, p75, p95 = np.percentile(c["cost"][tried], (5, 25, 50, 75, 95))
                 color = method_look(method)[1]
                 ax.plot([p5, p95], [y, y], color=color, linewidth=1.5)

@@ -161,12 +161,15 @@ def load_sittings(
         root: local folder of the datasets (see `sources.load_problems`).
 
     Raises:
-        ValueError: see `load_points`; or a method that sits parts of papers.
+        ValueError: see `load_points`; papers of another world; or a method that sits parts of
+            papers.
     """
     if world.method(method).way != "whole":
         raise ValueError(f"{method} sits parts of papers, whose responses do not stand alone; "
                          "see load_columns")
     manifest, arrays = read_manifest(folder / "papers.json"), _read(folder, method)
+    if manifest.world != world.name:
+        raise ValueError(f"{folder} holds papers of the world {manifest.world}, not {world.name}")
     setting = Setting(world, restore_papers(manifest, root), manifest.seed)
     here = (arrays["response_budget"] == budget) & (
         arrays["response_order"] == ORDERS.index(order))

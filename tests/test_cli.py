@@ -146,3 +146,8 @@ def test_F2_the_doctor_names_a_broken_checkpoint(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == (
         "[FAIL] data/pocket-base differs from its hashes; mend it with: "
         "git checkout -- data/pocket-base")
+
+
+def test_all_methods_of_a_world_without_checkpoints(capsys, tmp_path):
+    assert "name methods whose checkpoints the hub has" in refused(
+        capsys, tmp_path, "exam", "--world", "paper", "--methods", "all")

@@ -361,6 +361,15 @@ def test_exam_reports_failures_and_costs(server, capsys):
     assert "cost 0.0001" in out and "warning: 2 responses failed" in err
 
 
+def test_a_chat_model_needs_no_tokenizer_of_its_name(server, capsys):
+    """As GPT-4o-mini, which is no folder and no hub id."""
+    main(["exam", "--exams", "2", "--budgets", "64", "--engine", "openai", "--base-url", server.url,
+          "--api", "chat", "--model", "gpt-4o-mini"])
+    assert "6 responses, 0 failed" in capsys.readouterr().out
+    assert {body["model"] for _, body, _ in server.seen} == {"gpt-4o-mini"}
+    assert all(body["top_p"] == 1 for _, body, _ in server.seen), "not what the model's file says"
+
+
 def test_unknown_engine(tokenizer):
     with pytest.raises(ValueError, match="choose from torch, vllm, openai, replay"):
         make_engine("abacus", "pocket-base", tokenizer)
@@ -404,6 +413,8 @@ def test_vllm_gives_the_same_greedy_tokens(pocket):
     first = engine.generate(sampled, 2.0)  # hot: at 1 the model hardly ever wavers in 40 tokens
     assert first == engine.generate(sampled[:9], 2.0) + engine.generate(sampled[9:], 2.0)
     assert any(a != b for a, b in first) and max(len(r.ids) for g in first for r in g) == 40
+    with pytest.raises(ValueError, match="give max_length=1"):  # the pocket model's own is 1,024
+        engine.generate([Request(requests[0].prompt, 1_024)])
 
 
 @pytest.fixture(scope="module")

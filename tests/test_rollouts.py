@@ -9,7 +9,14 @@ import pytest
 
 from roi_lib import plots
 from roi_lib.checkpoints import load_tokenizer, verify_folder
-from roi_lib.evaluation import make_records, paired_difference, points_of, sit_methods
+from roi_lib.evaluation import (
+    make_records,
+    paired_difference,
+    points_of,
+    regret,
+    regret_difference,
+    sit_methods,
+)
 from roi_lib.exams import draw_papers
 from roi_lib.methods import Setting
 from roi_lib.rollouts import (
@@ -74,6 +81,8 @@ def test_bounds_come_back(saved):
 
 def test_what_is_not_there_is_named(saved, tmp_path):
     folder, setting, results, records = saved
+    with pytest.raises(ValueError, match="holds papers of the world pocket, not paper"):
+        load_sittings(get_world("paper"), None, folder, "base", 64, "hard")
     with pytest.raises(ValueError, match="holds no 'rarl'; it has base, rational, replay"):
         load_columns(folder, "rarl")
     with pytest.raises(ValueError, match="did not sit order 'hard' under budget 7"):
@@ -122,6 +131,20 @@ def test_shipped_folders_are_whole_and_agree_with_themselves(folder):
     assert columns["cost"][here][: len(costs)].tolist() == costs
     assert sum(map(sum, (s.correct for s in sittings))) == columns["correct"][here][
         : len(costs)].sum()
+
+
+def test_a_difference_of_regrets_shares_its_resamples():
+    rng = np.random.default_rng(3)
+    easy = rng.integers(1, 4, 400)
+    hard = np.maximum(easy - rng.integers(0, 2, 400), 0)
+    worse = np.maximum(hard - (rng.random(400) < 0.1), 0)
+    value, (low, high) = regret_difference(worse, easy, hard, easy)
+    assert value == pytest.approx(regret(worse.mean(), easy.mean()) - regret(hard.mean(),
+                                                                             easy.mean()))
+    assert 0 < low < value < high and high - low < 0.05
+    assert regret_difference(hard, easy, hard, easy) == (0, [0, 0])
+    with pytest.raises(ValueError, match="needs the same papers"):
+        regret_difference(hard, easy, hard[1:], easy[1:])
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals():
