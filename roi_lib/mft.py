@@ -53,11 +53,13 @@ from roi_lib.sources import problem_stream
 from roi_lib.training import (
     Together,
     TrainingLog,
+    check_finite,
     folder_lock,
     lora,
     muon_and_adamw,
     same_recipe,
     write_checkpoint,
+    writing,
 )
 from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
 
@@ -302,9 +304,7 @@ class DevLog(TrainerCallback):
         """One line of the log, with the remaining time."""
         if "loss" not in logs:
             return
-        if not np.isfinite(float(logs["loss"])):
-            raise FloatingPointError(f"the loss is {logs['loss']} at step {state.global_step}; "
-                                     "lower the learning rate")
+        check_finite(logs, f"step {state.global_step}")
         model.eval()
         marks = segment_table(self.world, sit(
             self.world, self.tokenizer, TorchGenerator.of(model, self.tokenizer), self.exams,
@@ -407,6 +407,11 @@ def fine_tune(
     """Train on the rows in their order with TRL's SFTTrainer; returns the model, adapters merged.
 
     Continues from the newest whole checkpoint below `work`, and keeps `log.csv` there.
+
+    Raises:
+        ValueError: `tag_weight` is not 1, and the tokenizer has no token for each level.
+        FloatingPointError: NaN or infinite loss, gradient, or logits of the dev exams.
+        OSError: the disk is full; names the step.
     """
     state = newest_complete(work, "checkpoint-")
     if state:
@@ -420,7 +425,8 @@ def fine_tune(
         optimizers=(optimizer_of(model, recipe), None),
         token_weights=token_weights(world, tokenizer, recipe))
     trainer.remove_callback(PrinterCallback)  # it prints what the log prints
-    trainer.train(resume_from_checkpoint=str(state) if state else None)
+    with writing(work, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
     model = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
     return model.eval()
 

@@ -10,20 +10,18 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from roi_lib.checkpoints import load_training_state, newest_complete, save_step, write_folder
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.rarl import Group, completion_logprobs, pad_right, train_step
 from roi_lib.sitting import Sitting, segment_table
-from roi_lib.training import TrainingLog, folder_lock, same_recipe
+from roi_lib.training import TrainingLog, folder_lock, same_recipe, writing
 from roi_lib.worlds import TIERS, RARLRecipe, World
 
 #: Largest mean difference of sampler's and trainer's log-probabilities, in nats (FAULTS F27).
@@ -93,6 +91,14 @@ def describe(world: World, groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def warn_of_gap(gap: float) -> None:
+    """Warn where sampler and trainer differ by more than `LARGEST_GAP` nats, or by NaN (F27)."""
+    if not gap <= LARGEST_GAP:
+        warnings.warn(f"sampler and trainer disagree by {gap:.3g} nats a token (alarm above "
+                      f"{LARGEST_GAP}): the sampler's weights, temperature or precision are not "
+                      "the trainer's, and the gradient is that of another policy", stacklevel=3)
+
+
 @torch.inference_mode()
 def logprob_gap(
     model, generator: TorchGenerator, group: Group, temperature: float = 1.0
@@ -114,10 +120,7 @@ def logprob_gap(
         theirs.append(table.gather(1, token[:, None])[:, 0])
         logits = decoding.step(token)
     gap = float(((torch.stack(theirs, 1) - ours).abs() * mask).sum() / mask.sum())
-    if not gap <= LARGEST_GAP:
-        warnings.warn(f"sampler and trainer disagree by {gap:.3g} nats a token (alarm above "
-                      f"{LARGEST_GAP}): the sampler's weights, temperature or precision are not "
-                      "the trainer's, and the gradient is that of another policy", stacklevel=2)
+    warn_of_gap(gap)
     return gap
 
 
@@ -149,20 +152,6 @@ def fingerprint(model) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def writing(work: Path, step: int) -> Iterator[None]:
-    """Say what to do when the disk is full (FAULTS F4); what was saved before is still there.
-
-    Raises:
-        OSError: names step and folder.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"step {step} could not be written to {work} ({error}); make room and run "
-                      "the same command: it continues from the last checkpoint") from error
 
 
 def keep(work: Path, model, step: int) -> None:

@@ -30,8 +30,8 @@ from roi_lib.generation import (
 )
 from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, roll_out, training_exams
-from roi_lib.rarl_loop import COLUMNS, StepLog, describe, fingerprint, keep
-from roi_lib.training import folder_lock, lora, same_recipe
+from roi_lib.rarl_loop import COLUMNS, StepLog, describe, fingerprint, keep, warn_of_gap
+from roi_lib.training import check_finite, folder_lock, lora, same_recipe, writing
 from roi_lib.worlds import RARLRecipe, World
 
 #: Our words for TRL's: how advantages are scaled, and what a row's loss is divided by.
@@ -39,6 +39,8 @@ SCALE_REWARDS = {"none": "none", "std": "group"}
 LOSS_TYPE = {"constant": "dr_grpo", "length": "grpo"}
 #: Who samples: our torch engine; TRL's vLLM in the trainer's process, or behind `trl vllm-serve`.
 ENGINES = ("torch", "colocate", "server")
+#: Mean difference of vLLM's and the trainer's log-probabilities, as TRL's log has it.
+GAP = "sampling/sampling_logp_difference/mean"
 
 
 def grpo_config(
@@ -77,6 +79,7 @@ def grpo_config(
         max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16,
         gradient_checkpointing=trl.checkpointing, logging_steps=1,
         save_steps=recipe.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
+        logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
         ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **vllm)
 
@@ -186,20 +189,23 @@ class StepReport(TrainerCallback):
         self.seconds = 0.0
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """One row a step."""
+        """One row a step.
+
+        Raises:
+            FloatingPointError: NaN or infinite loss or gradient; names step and budget.
+        """
         if "grad_norm" not in logs or not state.is_world_process_zero:
             return
         step = state.global_step
-        norm = float(logs["grad_norm"])
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm} at step {step}, budget "
-                                     f"{self.rollouts.row['budget']}; lower the learning rate")
+        check_finite(logs, f"step {step}, budget {self.rollouts.row['budget']}")
+        gap = float(logs.get(GAP, math.nan))
+        if GAP in logs:  # TRL measures it with vLLM; our torch engine samples with these weights
+            warn_of_gap(gap)
         self.seconds += float(logs["step_time"])
         self.rows.append({
-            "step": step, **self.rollouts.row, "grad_norm": norm,
+            "step": step, **self.rollouts.row, "grad_norm": float(logs["grad_norm"]),
             "no_spread": float(logs["frac_reward_zero_std"]), "entropy": float(logs["entropy"]),
-            "logprob_gap": float(logs.get("sampling/sampling_logp_difference/mean", math.nan)),
-            "seconds": self.before + self.seconds})
+            "logprob_gap": gap, "seconds": self.before + self.seconds})
         self.log.append(self.rows[-1])
         if step % self.rollouts.recipe.log_every == 0 or step == state.max_steps:
             self.log.show(self.rows, state.max_steps, self.seconds / (step - self.first))
@@ -256,7 +262,8 @@ def train(
 
     Raises:
         ValueError: another recipe's run, another process, or rows that do not divide.
-        FloatingPointError: NaN or infinite logits or gradient; names the step.
+        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
+        OSError: the disk is full; names the step.
     """
     if int(os.environ.get("RANK", "0")) > 0:  # the first process holds the lock
         return _train(world, tokenizer, model, recipe, work, pool, engine, vllm_url)
@@ -271,6 +278,7 @@ def _train(world, tokenizer, model, recipe, work, pool, engine, vllm_url):
         print(f"continuing from {state}")
     trainer = make_trainer(world, tokenizer, model, recipe, work, pool, engine, vllm_url,
                            int(state.name.split("-")[1]) if state else 0)
-    trainer.train(resume_from_checkpoint=str(state) if state else None)
+    with writing(work, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return (model.merge_and_unload() if recipe.trl.lora_rank else model).eval()

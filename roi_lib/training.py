@@ -1,13 +1,16 @@
 """What training runs share: a log that goes on, a folder of their own, optimizers, checkpoints."""
 
+import errno
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from roi_lib.checkpoints import write_folder
 from roi_lib.files import write_json
@@ -58,6 +61,57 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process is writing {folder}; wait for it, or name another "
                          "folder") from error
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says that a disk or a quota is full: each library has its own words."""
+    words = str(error)
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))  # no EDQUOT: Windows
+    if isinstance(error, SafetensorError):
+        return "No space left" in words or "StorageFull" in words or "os error 112" in words
+    return isinstance(error, RuntimeError) and any(  # torch.save tells no reason
+        sign in words for sign in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+    )
+
+
+@contextmanager
+def writing(work: Path, step: int | Callable[[], int]) -> Iterator[None]:
+    """Say what to do when the disk is full (FAULTS F4); what was saved before is still there.
+
+    Other errors pass as they are: of a file they name it, and a server that cannot be reached is
+    one of them.
+
+    Args:
+        step: of training; or what gives it at the time of the error.
+
+    Raises:
+        OSError: the disk is full; names step and folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        step = step() if callable(step) else step
+        raise OSError(f"step {step} could not be written to {work} ({error}); make room and run "
+                      "the same command: it continues from the last checkpoint") from error
+
+
+def check_finite(logs: dict, where: str) -> None:
+    """Stop at a loss or a gradient that is no number (FAULTS F24), before it is saved.
+
+    Args:
+        logs: what a trainer of transformers logs; `loss` and `grad_norm` are looked at.
+        where: the step, and what else tells the batch.
+
+    Raises:
+        FloatingPointError: names it, and the place.
+    """
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
+        if not math.isfinite(float(logs.get(name, 0))):
+            raise FloatingPointError(f"the {words} is {logs[name]} at {where}; lower the learning "
+                                     "rate")
 
 
 def same_recipe(work: Path, recipe: dict) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from test_training import FULL, fill_disk
 
 from roi_lib import mft
 from roi_lib.__main__ import change, main
@@ -220,6 +221,41 @@ def test_F3_a_run_that_was_cut_ends_like_one_that_was_not(tokenizer, targets, wh
     def without_seconds(text):
         return [line.rsplit(",", 1)[0] for line in text.splitlines()]
     assert without_seconds((tmp_path / "log.csv").read_text()) == without_seconds(log)
+
+
+def check_full_disk(tokenizer, targets, whole_run, work, monkeypatch):
+    """The run stops at step 4, step 2 is whole, and the same call goes on to the same weights."""
+    with pytest.raises(OSError, match="step 4 could not be written .* make room"):
+        train(tokenizer, targets, work)
+    monkeypatch.undo()
+    verify_folder(work / "checkpoint-2")
+    weights = train(tokenizer, targets, work).state_dict()
+    assert all(torch.equal(weights[name], whole_run[0][name]) for name in weights)
+    verify_folder(work / "checkpoint-8")
+
+
+@pytest.mark.parametrize("error", FULL[:1] + FULL[2:3], ids=lambda error: type(error).__name__)
+@pytest.mark.filterwarnings("ignore:passing over an incomplete checkpoint")
+def test_F4_a_disk_full_while_saving_leaves_the_last_checkpoint(
+        tokenizer, targets, whole_run, tmp_path, monkeypatch, error):
+    fill_disk(monkeypatch, "checkpoint-4/optimizer.pt", error)
+    check_full_disk(tokenizer, targets, whole_run, tmp_path, monkeypatch)
+
+
+def test_F4_a_disk_full_while_logging_leaves_the_last_checkpoint(
+        tokenizer, targets, whole_run, tmp_path, monkeypatch):
+    def full(self, step, *values, **options):
+        if step == 4:
+            with self.path.open("a") as stream:
+                stream.write("4,0.")
+            raise FULL[0]
+        real(self, step, *values, **options)
+
+    real = mft.TrainingLog.write
+    monkeypatch.setattr(mft.TrainingLog, "write", full)
+    check_full_disk(tokenizer, targets, whole_run, tmp_path, monkeypatch)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["2", "4", "6", "8"]
 
 
 def test_F24_a_loss_that_is_not_finite_stops_the_run(tokenizer, targets, tmp_path):

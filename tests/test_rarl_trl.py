@@ -1,6 +1,8 @@
 """TRL's GRPOTrainer and our trainer: the same rollouts, the same gradient."""
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +12,19 @@ import test_rarl
 import torch
 from conftest import ROOT
 from test_rarl import difference, naive_gradient, spread, tiny
-from transformers import TrainerCallback
+from test_training import FULL, fill_disk
+from transformers import TrainerCallback, TrainerState
 
 from roi_lib import bench_rarl, rarl, rarl_loop
-from roi_lib.checkpoints import load_model, newest_complete
+from roi_lib.checkpoints import load_model, newest_complete, verify_folder
 from roi_lib.exams import encode_prompt, exam_prompt
 from roi_lib.generation import Request, TorchGenerator
 from roi_lib.rarl import batch_gradient, roll_out, training_exams
 from roi_lib.rarl_loop import COLUMNS, fingerprint
 from roi_lib.rarl_trl import (
+    GAP,
     ExamRollouts,
+    StepReport,
     TrainerVLLM,
     exam_dataset,
     exam_reward,
@@ -166,6 +171,125 @@ def test_F3_a_continued_trl_run_equals_an_unbroken_one(tokenizer, tmp_path, monk
     assert len((tmp_path / "killed" / "log.csv").read_text().splitlines()) == 5
     with pytest.raises(ValueError, match="another recipe"):
         train(POCKET, tokenizer, tiny(tokenizer), SMALL, tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def four_steps(tokenizer, tmp_path_factory):
+    """The folder of a finished run of four steps, and the hash of its weights."""
+    work = tmp_path_factory.mktemp("trl") / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rarl, "group_rewards", spread)
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        model = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=4), work)
+    return work, fingerprint(model)
+
+
+def goes_on(tokenizer, work, four_steps):
+    """The same call again ends with the weights of the unbroken run, its log and states whole."""
+    model = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=4), work)
+    verify_folder(work / "checkpoint-4")
+    lines = (work / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    return fingerprint(model) == four_steps[1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors",
+                                  "manifest.json"])
+def test_F1_F2_a_damaged_checkpoint_is_passed_over(tokenizer, four_steps, tmp_path, name):
+    work = shutil.copytree(four_steps[0], tmp_path / "work")
+    path = work / "checkpoint-4" / name
+    if name == "rng_state.pth":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="passing over an incomplete checkpoint.*checkpoint-4"):
+        assert goes_on(tokenizer, work, four_steps)
+
+
+@pytest.mark.parametrize("error", FULL[:1] + FULL[2:3], ids=lambda error: type(error).__name__)
+@pytest.mark.filterwarnings("ignore:passing over an incomplete checkpoint")
+def test_F4_a_disk_full_while_saving_leaves_the_last_checkpoint(
+        tokenizer, four_steps, tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "checkpoint-4/optimizer.pt", error)
+        with pytest.raises(OSError, match="step 4 could not be written .* make room"):
+            train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=4), tmp_path)
+    verify_folder(tmp_path / "checkpoint-2")
+    assert goes_on(tokenizer, tmp_path, four_steps)
+
+
+def test_F4_a_disk_full_while_logging_leaves_the_last_checkpoint(
+        tokenizer, four_steps, tmp_path, monkeypatch):
+    def full(self, row):
+        if row["step"] == 4:
+            with self.path.open("a") as stream:
+                stream.write("4,16,1.")
+            raise FULL[0]
+        append(self, row)
+
+    append = rarl_loop.StepLog.append
+    with monkeypatch.context() as patch:
+        patch.setattr(rarl_loop.StepLog, "append", full)
+        with pytest.raises(OSError, match="step 4 could not be written .* make room"):
+            train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=4), tmp_path)
+    verify_folder(tmp_path / "checkpoint-2")
+    assert goes_on(tokenizer, tmp_path, four_steps)
+
+
+def test_F24_a_gradient_that_is_no_number_stops_before_it_is_saved(
+        tokenizer, four_steps, tmp_path):
+    """Two backward passes a step: the sixth is the last of step 3."""
+    model, passes = tiny(tokenizer), []
+
+    def spoil(gradient):
+        passes.append(gradient)
+        return gradient * (float("nan") if len(passes) == 6 else 1)
+
+    model.model.norm.weight.register_hook(spoil)
+    recipe = replace(SMALL, steps=4)
+    with pytest.raises(FloatingPointError, match="the gradient is nan at step 3, budget 16; lower"):
+        train(POCKET, tokenizer, model, replace(recipe, save_every=1), tmp_path / "a")
+    assert newest_complete(tmp_path / "a", "checkpoint-").name == "checkpoint-2"
+    assert not (tmp_path / "a" / "checkpoint-3").exists()
+
+
+def test_F24_a_loss_that_is_no_number_stops_the_run(tokenizer, tmp_path, monkeypatch):
+    """An infinite reward; the trainer must not log another loss in its place."""
+    def rewards(world, sittings, *rest):
+        return [math.inf, *spread(world, sittings)[1:]]
+
+    monkeypatch.setattr(rarl, "group_rewards", rewards)
+    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step 1, budget 16"):
+        train(POCKET, tokenizer, tiny(tokenizer), SMALL, tmp_path)
+
+
+def test_F24_a_broken_model_stops_with_the_step(tokenizer, tmp_path):
+    model = tiny(tokenizer)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0, sampling 2 exams under budget 16: the"):
+        train(POCKET, tokenizer, model, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("gap", [0.02, float("nan")])
+def test_F27_a_sampler_that_is_another_policy_is_noticed(tokenizer, tmp_path, gap, recwarn):
+    """As TRL logs it with vLLM; without vLLM it says nothing, and nothing is told."""
+    rollouts = ExamRollouts(POCKET, tokenizer, SMALL)
+    rollouts.row = {c: 1.0 for c in COLUMNS} | {"budget": 24}
+    report = StepReport(rollouts, tmp_path / "log.csv", 0)
+    state = TrainerState(global_step=1, max_steps=6)
+    logs = {"loss": 0.0, "grad_norm": 0.1, "step_time": 1.0, "frac_reward_zero_std": 0.0,
+            "entropy": 0.5}
+    report.on_log(None, state, None, logs)
+    state.global_step = 2
+    report.on_log(None, state, None, logs | {GAP: 0.009})
+    assert not [w for w in recwarn if "disagree" in str(w.message)]
+    state.global_step = 3
+    with pytest.warns(UserWarning, match=f"sampler and trainer disagree by {gap} nats"):
+        report.on_log(None, state, None, logs | {GAP: gap})
+    rows = [line.split(",") for line in report.log.path.read_text().splitlines()]
+    column = rows[0].index("logprob_gap")
+    assert [row[column] for row in rows[1:]] == ["", "0.009", "0.02" if gap == 0.02 else ""]
 
 
 def test_settings_that_hurt_by_default_are_set(tmp_path):

@@ -1,20 +1,26 @@
 """What training runs share: the log that goes on, and the folder kept to one process."""
 
 import copy
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from roi_lib.checkpoints import load_tokenizer, verify_folder
 from roi_lib.tokenizer import train_bpe
 from roi_lib.training import (
     Together,
     TrainingLog,
+    check_finite,
+    disk_is_full,
     folder_lock,
     muon_and_adamw,
     write_checkpoint,
+    writing,
 )
 from roi_lib.worlds import PAPER
 
@@ -33,6 +39,52 @@ def test_F4_a_row_cut_short_by_a_full_disk_is_dropped(tmp_path):
     (tmp_path / "log.csv").write_text("step,loss\n1,0.1\n2")
     TrainingLog(tmp_path / "log.csv", ("step", "loss"), last_step=2)
     assert (tmp_path / "log.csv").read_text() == "step,loss\n1,0.1\n"
+
+
+FULL = [  # as Python, safetensors and torch.save say it
+    OSError(errno.ENOSPC, "No space left on device", "log.csv"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing "
+                 "file data/0: file write failed"),
+    RuntimeError("basic_ios::clear: iostream error")]
+OTHER = [ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+         RuntimeError("CUDA out of memory"), SafetensorError("header too large"),
+         RuntimeError("PytorchStreamReader failed reading zip archive")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_F4_a_full_disk_is_told_with_step_folder_and_remedy(tmp_path, error):
+    for step in (7, lambda: 7):
+        with pytest.raises(OSError, match=f"step 7 could not be written to {tmp_path} .*make room "
+                                          "and run the same command"):
+            with writing(tmp_path, step):
+                raise error
+
+
+@pytest.mark.parametrize("error", OTHER, ids=lambda error: type(error).__name__)
+def test_other_errors_are_not_blamed_on_the_disk(tmp_path, error):
+    with pytest.raises(type(error)) as told, writing(tmp_path, 7):
+        raise error
+    assert told.value is error
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_F4_the_words_of_torch_are_known(tmp_path, size):
+    (tmp_path / "full").symlink_to("/dev/full")  # which itself nothing here can replace
+    with pytest.raises(RuntimeError) as told:
+        torch.save({"weights": torch.zeros(size)}, tmp_path / "full")
+    assert disk_is_full(told.value)
+
+
+@pytest.mark.parametrize(("logs", "words"), [
+    ({"loss": "nan", "grad_norm": 1.0}, "the loss is nan at step 3, budget 64; lower the"),
+    ({"loss": 0.5, "grad_norm": float("inf")}, "the gradient is inf at step 3, budget 64;")])
+def test_F24_what_is_no_number_stops_the_run(logs, words):
+    check_finite({"loss": "0.5", "learning_rate": 1e-3}, "step 2")
+    with pytest.raises(FloatingPointError, match=words):
+        check_finite(logs, "step 3, budget 64")
 
 
 def test_F5_two_processes_never_share_a_folder(tmp_path):
@@ -61,6 +113,19 @@ def test_a_checkpoint_holds_a_tokenizer_only_if_it_is_given_one(model, tmp_path)
     assert found("Q1. 3 + 47").input_ids == words("Q1. 3 + 47").input_ids
     assert found.chat_template == words.chat_template
     assert len(load_tokenizer(str(tmp_path / "none"), PAPER.tokenizer)) == 4_096
+
+
+def fill_disk(patch, name, error):
+    """`torch.save` finds the disk full at the file whose path ends in `name`: half of it stays."""
+    save = torch.save
+
+    def full(content, path, *arguments, **options):
+        if str(path).endswith(name):
+            Path(path).write_bytes(b"half")
+            raise error
+        save(content, path, *arguments, **options)
+
+    patch.setattr(torch, "save", full)
 
 
 def steps(model, optimizer, scheduler, count, seed):
