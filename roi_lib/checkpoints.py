@@ -48,7 +48,8 @@ def write_manifest(folder: Path) -> None:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary folder, add the manifest, then put it in place.
 
-    An earlier folder of that name is replaced only at the very end.
+    An earlier folder of that name is replaced only at the very end; an error of `fill` passes
+    through, and leaves it as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.partial")

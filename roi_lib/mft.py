@@ -108,7 +108,12 @@ class Sample:
 def training_problems(
     world: World, count: int, seed: int = 0, root: Path | None = None, split: str = "train"
 ) -> list[Problem]:
-    """Up to `count` different problems a tier: all there are, where a source has fewer."""
+    """Up to `count` different problems a tier: all there are, where a source has fewer.
+
+    Raises:
+        ValueError: unknown split, a source with bad rows, or a tier without any problem.
+        FileNotFoundError: a dataset is neither below `root` nor to be had from the hub.
+    """
     drawn = []
     for tier in TIERS:
         found: dict[str, Problem] = {}
@@ -136,7 +141,8 @@ def rejection_sample(
     `runlog.LoggedGenerator` to keep the answers on disk.
 
     Raises:
-        ValueError: not one answer is right.
+        ValueError: not one answer is right, or a tokenizer that `tag_tokens` refuses.
+        FloatingPointError: NaN or infinite logits.
     """
     budget, extra = world.level_edges[-1], tag_tokens(world, tokenizer)
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
@@ -243,6 +249,9 @@ def curriculum(
 
     Budgets in the prompts are the world's own in half of the rows, else anything from half the
     smallest to twice the largest: the level of a problem does not depend on them.
+
+    Raises:
+        ValueError: the tags of a row do not settle (see `make_row`).
     """
     rng = random.Random(f"{recipe.seed}/mft")
 
@@ -301,7 +310,11 @@ class DevLog(TrainerCallback):
         self.begin = time.monotonic() - float(self.log.last.get("seconds", 0))
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
-        """One line of the log, with the remaining time."""
+        """One line of the log, with the remaining time.
+
+        Raises:
+            FloatingPointError: NaN or infinite loss, gradient, or logits of the dev exams.
+        """
         if "loss" not in logs:
             return
         check_finite(logs, f"step {state.global_step}")
@@ -477,7 +490,9 @@ def calibrate(
     and `missed_skips` (share of the tried that no sample solved).
 
     Raises:
-        ValueError: not one response holds a closed level tag.
+        ValueError: no papers; not one response holds a closed level tag, or not one sample of the
+            base model is right.
+        FloatingPointError: NaN or infinite logits.
     """
     exams = in_orders(papers, str(seed))
     before, after = (segment_table(world, sit(world, tokenizer, generator, exams,
@@ -537,7 +552,7 @@ def run(
         ValueError: `work` holds a run of another recipe or model, or another process is at it; an
             unknown engine; a recipe that `check_recipe` refuses; not one sampled answer is right.
         FloatingPointError: NaN or infinite logits, loss or gradient.
-        OSError: the disk is full.
+        OSError: the disk is full, or a dataset is not to be had.
     """
     checkpoint = checkpoint or world.method("base").checkpoint
     source = tokenizer_name(checkpoint, world.tokenizer)

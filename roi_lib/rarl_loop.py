@@ -174,9 +174,10 @@ def train(
         on_step: called with the log's row after each step, for a live plot.
 
     Raises:
-        ValueError: `work` holds another run, or another process is at it.
+        ValueError: `work` holds another run, or another process is at it; a budget smaller than a
+            header with a tag.
         FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
-        OSError: the disk is full.
+        OSError: the disk is full; names the step.
     """
     with folder_lock(work):
         same_recipe(work, asdict(recipe) | {"world": world.name, "start": fingerprint(model)})

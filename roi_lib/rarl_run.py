@@ -28,7 +28,12 @@ PAPERS_SEED = 1
 
 
 def problem_pool(world: World, root: Path | None = None) -> list[Problem] | None:
-    """All training problems of real sources, read once; None where problems are generated."""
+    """All training problems of real sources, read once; None where problems are generated.
+
+    Raises:
+        ValueError: a source with bad rows.
+        FileNotFoundError: a dataset is neither below `root` nor to be had from the hub.
+    """
     sources = [(name, tier) for tier in TIERS for name in world.families[tier]]
     if all(name in FAMILIES for name, _ in sources):
         return None
@@ -90,9 +95,10 @@ def train_model(
 
     Raises:
         ValueError: `work` holds another run, or another process is at it; an engine that this
-            recipe's trainer does not have.
+            recipe's trainer does not have; a budget smaller than a header with a tag.
         CheckpointError: there is no such checkpoint, or its tokenizer does not fit its model.
         FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
+        OSError: the disk is full (names the step), or a dataset is not to be had.
     """
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, which the recipe of world "
@@ -122,6 +128,10 @@ def measure(
     `skip_by_tier`; the shares of right tags among answers, `answers_tagged_right`, and among
     skips, `skips_tagged_right` (None: there are none; see `rarl_loop.level_hits`). The responses
     are logged as `logs/NAME.jsonl`, so that a measurement can go on.
+
+    Raises:
+        ValueError: no papers, or the log of another run.
+        FloatingPointError: NaN or infinite logits.
     """
     if world.dtype != "auto":  # the arithmetic of `exam`
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
@@ -158,6 +168,10 @@ def publish(
         log: the run's `log.csv`.
         start: name of the checkpoint that the run began with.
         records: what `measure` returned, before and after.
+
+    Raises:
+        CheckpointError: the start's tokenizer is not to be had any more.
+        OSError, SafetensorError: the disk is full; an earlier folder stays as it was.
     """
     source = tokenizer_name(start, world.tokenizer)
     own = load_tokenizer(source) if source == start else None

@@ -139,7 +139,9 @@ class ExamRollouts:
         """Rollouts of this process's prompts, each of which comes `recipe.rollouts` times.
 
         Raises:
-            ValueError: the prompts are not the step's exams in whole groups.
+            ValueError: the prompts are not the step's exams in whole groups; a budget smaller than
+                a header with a tag.
+            FloatingPointError: NaN or infinite logits; names the step.
         """
         step, n = trainer.state.global_step, self.recipe.rollouts
         exams, budget = training_exams(self.world, self.recipe, step, self.pool)
@@ -232,7 +234,11 @@ def make_trainer(
     pool: list[Problem] | None = None, engine: str = "torch", vllm_url: str | None = None,
     last_step: int = 0,
 ) -> GRPOTrainer:
-    """A trainer that does what `rarl_loop.train` does, with TRL's update; see `train`."""
+    """A trainer that does what `rarl_loop.train` does, with TRL's update; see `train`.
+
+    Raises:
+        ValueError: see `grpo_config`.
+    """
     rollouts = ExamRollouts(world, tokenizer, recipe, pool)
     trainer = GRPOTrainer(
         model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
@@ -261,7 +267,8 @@ def train(
         The model, adapters merged, in eval mode.
 
     Raises:
-        ValueError: another recipe's run, another process, or rows that do not divide.
+        ValueError: another recipe's run, another process, an unknown engine, rows that do not
+            divide, or a budget smaller than a header with a tag.
         FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
         OSError: the disk is full; names the step.
     """

@@ -167,7 +167,11 @@ class Together(torch.optim.Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Put back what `state_dict` gave; loading gives each optimizer new parameter groups."""
+        """Put back what `state_dict` gave; loading gives each optimizer new parameter groups.
+
+        Raises:
+            ValueError: the states of another number of optimizers, or of other parameters.
+        """
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = self._groups()
@@ -183,6 +187,9 @@ def write_checkpoint(
         tokenizer: that of the checkpoint which the run started from, where it brought its own
             (see `checkpoints.tokenizer_name`): otherwise its heir would be read with the world's.
         documents: `name=value` becomes `name.json`.
+
+    Raises:
+        OSError, SafetensorError: the disk is full; an earlier folder stays as it was.
     """
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
