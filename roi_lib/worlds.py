@@ -64,7 +64,8 @@ class MFTRecipe:
         checkpointing: recompute activations in the backward pass, for less memory.
         dev_exams: unseen papers of the training split behind the log's accuracies.
         card_papers: unseen papers of the test split behind the model card; 0: none is measured.
-        log_every, save_every: in optimizer steps.
+        log_every, save_every: in optimizer steps; the second a multiple of the first, so that what
+            is saved has been looked at.
     """
 
     problems: int
@@ -328,7 +329,7 @@ for up to 1024. If it is not worth its tokens, write \
         mix=(1.0, 1.0, 1.0), rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,
         tag_weight=1.0, max_length=4_096, lora_rank=32, bf16=True,
         checkpointing=True, dev_exams=32, card_papers=100, log_every=20,
-        save_every=50),
+        save_every=40),
     rarl=RARLRecipe(
         steps=300, exams=32, rollouts=8, budgets=(512, 1024), learning_rate=2e-5, log_every=1,
         trl=TRLRecipe(rows_at_once=4, lora_rank=32, bf16=True, checkpointing=True)),
