@@ -67,7 +67,8 @@ class Rollout:
 def within_budget(ids: Sequence[int], budget: int, eos_ids: Sequence[int]) -> Rollout:
     """What counts of a back end's tokens: up to the first end-of-sequence, within the budget.
 
-    Whatever a server was asked for, this is where the budget is enforced (FAULTS F12).
+    Whatever a server was asked for, this is where the budget is enforced (FAULTS F12). Ids alone
+    end a response: there are no stop strings, so none can end inside a token (F9).
     """
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     finished = end <= budget and end > 0 and ids[end - 1] in eos_ids

@@ -9,7 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from roi_lib.evaluation import sit
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt
-from roi_lib.generation import AnyRows, LlamaRows, ReplayGenerator, Request, TorchGenerator
+from roi_lib.generation import (
+    AnyRows,
+    LlamaRows,
+    ReplayGenerator,
+    Request,
+    TorchGenerator,
+    within_budget,
+)
 from roi_lib.worlds import POCKET
 
 
@@ -190,6 +197,13 @@ def test_F9_text_is_never_encoded_again(tokenizer, generator, prompts):
         assert total == s.response.total == len(s.ids) <= 64
     text = tokenizer.decode(crafted[0].ids, skip_special_tokens=True)
     assert len(tokenizer(text).input_ids) == len(words) < len(crafted[0].ids)
+
+
+def test_F9_the_words_of_an_end_of_sequence_end_nothing(tokenizer):
+    written = tokenizer(f"5{tokenizer.eos_token}6", split_special_tokens=True).input_ids
+    assert tokenizer.eos_token_id not in written
+    rollout = within_budget(written, 100, [tokenizer.eos_token_id])
+    assert rollout.ids == tuple(written) and not rollout.finished
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
