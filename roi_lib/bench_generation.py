@@ -26,7 +26,7 @@ import torch
 
 from roi_lib.checkpoints import load_model, load_tokenizer
 from roi_lib.engines import make_engine, vllm_installed
-from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
+from roi_lib.exams import draw_papers, encode_prompt, exam_prompt, in_orders
 from roi_lib.generation import Request, TorchGenerator
 from roi_lib.worlds import POCKET, World
 
@@ -35,8 +35,7 @@ BUDGET, ROWS, GROUP = 128, 256, 16
 
 def exam_requests(world: World, tokenizer, papers: int, n: int, seed: int = 1) -> list[Request]:
     """`n` rollouts of each of `papers` papers in the hard order."""
-    exams = [Exam(order_problems(paper, "hard", str(i)), "hard")
-             for i, paper in enumerate(draw_papers(world, papers, seed=seed))]
+    exams = in_orders(draw_papers(world, papers, seed=seed), ["hard"], seed)
     prompts = [encode_prompt(tokenizer, exam_prompt(world, exam, BUDGET)) for exam in exams]
     return [Request(tuple(prompt), BUDGET, (0, i), n) for i, prompt in enumerate(prompts)]
 

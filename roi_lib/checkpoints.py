@@ -176,6 +176,15 @@ def load_tokenizer(name: str, default: str | None = None):
     return _load(AutoTokenizer, tokenizer_name(name, default) if default else name)
 
 
+def own_tokenizer(name: str):
+    """The tokenizer that a checkpoint brought itself, for its heirs; None where it is the world's.
+
+    Raises:
+        CheckpointError: see `load_tokenizer`.
+    """
+    return load_tokenizer(name) if tokenizer_name(name, "") else None
+
+
 def load_config(name: str):
     """The configuration of a checkpoint's model, without its weights; see `load_tokenizer`.
 

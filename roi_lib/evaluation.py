@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from roi_lib.exams import Exam, reference_response
+from roi_lib.exams import Exam, in_orders, reference_response
 from roi_lib.generation import BudgetedGenerator
 from roi_lib.methods import (  # noqa: F401 - some for those who import them from here
     EngineChoice,
@@ -86,14 +86,24 @@ def paired_interval(
     return interval(samples) if np.isfinite(samples).all() else None
 
 
+def check_same_papers(*columns: np.ndarray) -> None:
+    """Refuse columns of which one has more papers than another.
+
+    Raises:
+        ValueError: names the numbers.
+    """
+    if len(set(map(len, columns))) > 1:
+        raise ValueError("a paired difference needs the same papers, not "
+                         + " and ".join(str(len(column)) for column in columns))
+
+
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, list | None]:
     """Mean of a - b, points of the same papers in the same sequence, and its interval.
 
     Raises:
         ValueError: not as many of one as of the other.
     """
-    if len(a) != len(b):
-        raise ValueError(f"a paired difference needs the same papers, not {len(a)} and {len(b)}")
+    check_same_papers(a, b)
     return float(a.mean() - b.mean()), paired_interval([a, b], lambda x, y: x - y, seed)
 
 
@@ -109,8 +119,7 @@ def regret_difference(
         ValueError: not as many of one as of another.
     """
     columns = [a, a_easy, b, b_easy]
-    if len(set(map(len, columns))) > 1:
-        raise ValueError(f"a paired difference needs the same papers, not {[*map(len, columns)]}")
+    check_same_papers(*columns)
 
     def statistic(x, x_easy, y, y_easy):
         return (x_easy - x) / x_easy - (y_easy - y) / y_easy
@@ -222,11 +231,15 @@ def points_of(result: Sat | Rational, order: str) -> np.ndarray:
     return marks(result.sittings[order])
 
 
-def model_of(setting: Setting, result: Sat | Rational) -> str:
-    """The first 12 digits of the hash of the checkpoint that sat; "" where there was none."""
-    name = result.method.removesuffix("_tagged") if isinstance(result, Rational) else result.method
-    checkpoint = setting.checkpoint(name)
-    return model_hash(checkpoint)[:12] if checkpoint else ""
+def models_of(setting: Setting, results: Sequence[Sat | Rational]) -> dict[str, str]:
+    """Method -> first 12 digits of the hash of its checkpoint; "" where there is none.
+
+    A checkpoint that serves several methods is read once.
+    """
+    checkpoints = {r.method: setting.checkpoint(
+        r.method.removesuffix("_tagged") if isinstance(r, Rational) else r.method) for r in results}
+    hashes = {name: model_hash(name)[:12] if name else "" for name in set(checkpoints.values())}
+    return {method: hashes[name] for method, name in checkpoints.items()}
 
 
 def make_records(setting: Setting, results: Sequence[Sat | Rational]) -> list[dict]:
@@ -238,11 +251,12 @@ def make_records(setting: Setting, results: Sequence[Sat | Rational]) -> list[di
     world, seed, records = setting.world, setting.seed, []
     bounds = {(r.tagged, r.budget): r.bounds for r in results if isinstance(r, Rational)}
     first = {r.budget: r for r in results if r.method == results[0].method}
+    models = models_of(setting, results)
     for result in results:
-        model = model_of(setting, result)
         for order in ORDERS:
-            record = {"world": world.name, "method": result.method, "model_hash": model,
-                      "order": order, "budget": result.budget, "n_exams": len(setting.papers),
+            record = {"world": world.name, "method": result.method,
+                      "model_hash": models[result.method], "order": order,
+                      "budget": result.budget, "n_exams": len(setting.papers),
                       "n_problems": len(setting.papers[0]), "seed": seed,
                       "temperature": setting.temperature}
             points = points_of(result, order)
@@ -296,7 +310,7 @@ def family_marks(
     Within papers, those that the budget cut all the same are left out: a search that never ends
     would be charged to whatever comes after it.
     """
-    exams = Setting(world, papers, seed).exams("medium")
+    exams = in_orders(papers, ["medium"], seed)
     if alone:
         exams = [Exam((problem,), "medium") for exam in exams for problem in exam.problems]
     marks: dict[str, list[bool]] = {}

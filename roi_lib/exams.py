@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from roi_lib.problems import Problem, closing_brace
@@ -94,6 +94,18 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
         rng.shuffle(shuffled)
         if not mixable or [p.tier for p in shuffled] not in sorted_tiers:
             return tuple(shuffled)
+
+
+def in_orders(
+    papers: Sequence[Sequence[Problem]], orders: Sequence[str], seed: int
+) -> list[Exam]:
+    """An exam of each paper, the orders taken in turn; `seed` is of the medium ones.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    return [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
+            for i, (paper, order) in enumerate(zip(papers, cycle(orders), strict=False))]
 
 
 def problem_block(world: World, problems: Sequence[Problem]) -> str:

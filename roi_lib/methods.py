@@ -29,7 +29,7 @@ from roi_lib.exams import (
     Segment,
     encode_prompt,
     exam_prompt,
-    order_problems,
+    in_orders,
     parse_response,
 )
 from roi_lib.generation import BudgetedGenerator, Request
@@ -109,8 +109,7 @@ class Setting:
 
     def exams(self, order: str) -> list[Exam]:
         """The papers in one order."""
-        return [Exam(order_problems(paper, order, f"{self.seed}/{i}"), order)
-                for i, paper in enumerate(self.papers)]
+        return in_orders(self.papers, [order], self.seed)
 
     def places(self, order: str) -> np.ndarray:
         """Which of the paper's problems stands at each position, [papers, problems]."""

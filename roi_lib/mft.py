@@ -32,6 +32,7 @@ from roi_lib.checkpoints import (
     load_model,
     load_tokenizer,
     newest_complete,
+    own_tokenizer,
     tokenizer_name,
     write_manifest,
 )
@@ -41,7 +42,7 @@ from roi_lib.exams import (
     draw_papers,
     encode_prompt,
     exam_prompt,
-    order_problems,
+    in_orders,
     parse_response,
 )
 from roi_lib.files import write_json
@@ -305,7 +306,7 @@ class DevLog(TrainerCallback):
         self.world, self.tokenizer, self.last_step = world, tokenizer, last_step
         papers = draw_papers(world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
                              root=root)
-        self.exams = in_orders(papers, str(recipe.seed))
+        self.exams = in_orders(papers, ORDERS, recipe.seed)  # each tier in each position
         self.log = TrainingLog(path, self.COLUMNS, last_step)
         self.begin = time.monotonic() - float(self.log.last.get("seconds", 0))
 
@@ -338,13 +339,6 @@ class DevLog(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end (F1)."""
         write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def in_orders(papers: Sequence[Sequence[Problem]], seed: str) -> list[Exam]:
-    """The papers with the three orders in turn: each tier comes in each position."""
-    orders = [ORDERS[i % len(ORDERS)] for i in range(len(papers))]
-    return [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
-            for i, (paper, order) in enumerate(zip(papers, orders, strict=True))]
 
 
 def ample_budget(world: World, exams: Sequence[Exam]) -> int:
@@ -494,7 +488,7 @@ def calibrate(
             base model is right.
         FloatingPointError: NaN or infinite logits.
     """
-    exams = in_orders(papers, str(seed))
+    exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
     before, after = (segment_table(world, sit(world, tokenizer, generator, exams,
                                               ample_budget(world, exams), style, seed=seed))
                      for generator, style in ((base, "direct"), (tagged, "roi")))
@@ -589,8 +583,8 @@ def run(
         card = model_card(out.name, world, checkpoint, source, recipe, documents,
                           f"{len(rows):,} rows, {tokens / 1e6:.1f} million tokens, "
                           f"{minutes:.1f} minutes on {torch.get_num_threads()} threads")
-        own = load_tokenizer(source) if source == checkpoint else None  # as no trainer has set it
-        write_checkpoint(out, model.float(), work / "log.csv", card, own, **documents)
+        write_checkpoint(out, model.float(), work / "log.csv", card,
+                         own_tokenizer(checkpoint), **documents)  # as no trainer has set it
 
 
 def as_table(rows: Sequence[dict]) -> str:

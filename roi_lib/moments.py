@@ -17,8 +17,8 @@ import torch
 
 from roi_lib.ablations import as_row, write_table
 from roi_lib.checkpoints import load_model, load_tokenizer
-from roi_lib.evaluation import Setting, Sitting, sit
-from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
+from roi_lib.evaluation import Sitting, sit
+from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, in_orders
 from roi_lib.generation import BudgetedGenerator, TorchGenerator
 from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, completion_logprobs, pad_right, problem_reward
@@ -59,7 +59,7 @@ def first_dry(
     Raises:
         ValueError: there is none among these papers.
     """
-    exams = [Exam(order_problems(paper, "hard", ""), "hard") for paper in papers]
+    exams = in_orders(papers, ["hard"], 0)
     budget = min(world.budgets)
     for i, s in enumerate(sit(world, tokenizer, generator, exams, budget, STYLE, 0.0)):
         if s.response.segments[0].cost == budget:
@@ -135,14 +135,14 @@ def moments(
     """
     folders, tokenizer = kept_models(works), load_tokenizer(world.tokenizer)
     papers = draw_papers(world, n_papers, seed=seed, root=root)
-    orders = [Setting(world, papers, seed).exams(order) for order in ORDERS]
+    orders = [in_orders(papers, [order], seed) for order in ORDERS]
     smallest, steps, index = min(world.budgets), [], None
     for step, folder in folders.items():
         model = load_model(str(folder), world.dtype)
         generator = TorchGenerator.of(model, tokenizer)
         if index is None:
             index = first_dry(world, tokenizer, generator, papers)
-            exam = Exam(order_problems(papers[index], "hard", ""), "hard")
+            (exam,) = in_orders([papers[index]], ["hard"], seed)
         (shown,) = sit(world, tokenizer, generator, [exam], smallest, STYLE, 0.0)
         hard = [{"budget": budget} | row for budget in world.budgets for row in hard_problems(
             world, [s for exams in orders for s in sit(

@@ -217,15 +217,15 @@ def token_strips(names, responses, budget):
     """
     fig, ax = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(names)))
     parts = max(len(r.segments) for r in responses)
-    labels = ["preamble", *(f"problem {i + 1}" for i in range(parts))]
-    written = {"preamble"} if any(r.preamble for r in responses) else set()
+    preamble = "preamble" if any(r.preamble for r in responses) else None  # no bar, no legend
+    labels = [preamble, *(f"problem {i + 1}" for i in range(parts))]
     for y, response in enumerate(responses):
         left = 0
         costs = [response.preamble, *(segment.cost for segment in response.segments)]
         styles = zip(labels, costs, ["#BBBBBB", *LIGHT], ["++", *HATCHES], strict=False)
         for label, cost, color, hatch in styles:
             ax.barh(y, cost, 0.7, left, color=color, hatch=hatch, edgecolor="#777777",
-                    label=label if y == 0 and label in {*labels[1:], *written} else None)
+                    label=label if y == 0 else None)
             if cost > 0.05 * budget:
                 ax.text(left + cost / 2, y, cost, ha="center", va="center",
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
@@ -346,9 +346,14 @@ def confusion_matrix(counts, title=""):
 
 
 # ---------------------------------------------------------------- RARL (notebook 05)
-def _style(j):
-    return {"color": COLORS[j % len(COLORS)], "linestyle": LINES[j % len(LINES)],
-            "marker": MARKERS[j % len(MARKERS)]}
+def _style(j, label):
+    """Options of a labelled line: a method's own look, or the j-th style."""
+    if label in METHODS:
+        name, color, line, marker, _ = method_look(label)
+    else:
+        name = label
+        color, line, marker = (some[j % len(some)] for some in (COLORS, LINES, MARKERS))
+    return {"label": name, "color": color, "linestyle": line, "marker": marker}
 
 
 def line_panels(panels, columns=2, height=3.2):
@@ -361,11 +366,7 @@ def line_panels(panels, columns=2, height=3.2):
     fig.set_size_inches(WIDTH, height * len(axes))
     for ax, (x, series, xlabel, ylabel, title) in zip(axes.flat, panels, strict=False):
         for j, (label, y) in enumerate(series.items()):
-            style, name = _style(j), label
-            if label in METHODS:
-                name, *look = method_look(label)
-                style = dict(zip(("color", "linestyle", "marker"), look, strict=False))
-            ax.plot(x, y, label=name, markevery=max(1, len(x) // 6), **style)
+            ax.plot(x, y, markevery=max(1, len(x) // 6), **_style(j, label))
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1:
             ax.legend()
@@ -388,8 +389,8 @@ def training_curves(logs, columns, window=1):
             steps, values = np.array(known).T if known else np.empty((2, 0))
             width = min(window, len(values)) or 1
             smooth = np.convolve(values, np.full(width, 1 / width), "valid") if known else values
-            ax.plot(steps[width - 1:], smooth, label=label, markevery=max(1, len(smooth) // 6),
-                    **_style(j))
+            ax.plot(steps[width - 1:], smooth, markevery=max(1, len(smooth) // 6),
+                    **_style(j, label))
         ax.set_ylabel(f"{column} [nats]" if column == "entropy" else column)
         share = column.startswith("skip_") or column in ("level_accuracy", "accuracy", "cut",
                                                          "no_spread")

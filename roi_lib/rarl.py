@@ -32,7 +32,7 @@ from roi_lib.exams import (
     draw_papers,
     encode_prompt,
     exam_prompt,
-    order_problems,
+    in_orders,
     parse_response,
 )
 from roi_lib.generation import BudgetedGenerator, Request, Rollout
@@ -60,9 +60,7 @@ def training_exams(
     rng = random.Random(f"{seed}/orders")
     orders = rng.choices(*zip(*recipe.orders, strict=True), k=recipe.exams)
     papers = draw_papers(world, recipe.exams, recipe.n_problems, "train", seed, problems=pool)
-    exams = [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
-             for i, (paper, order) in enumerate(zip(papers, orders, strict=True))]
-    return exams, recipe.budgets[step % len(recipe.budgets)]
+    return in_orders(papers, orders, seed), recipe.budgets[step % len(recipe.budgets)]
 
 
 @dataclass(frozen=True)

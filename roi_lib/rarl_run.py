@@ -11,9 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roi_lib.checkpoints import check_tokenizer, load_model, load_tokenizer, tokenizer_name
-from roi_lib.evaluation import Setting, exam_table, segment_table, sit, summarize
-from roi_lib.exams import draw_papers
+from roi_lib.checkpoints import (
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+    own_tokenizer,
+    tokenizer_name,
+)
+from roi_lib.evaluation import exam_table, segment_table, sit, summarize
+from roi_lib.exams import draw_papers, in_orders
 from roi_lib.generation import TorchGenerator
 from roi_lib.problems import FAMILIES, Problem
 from roi_lib.rarl import STYLE
@@ -135,7 +141,7 @@ def measure(
     """
     if world.dtype != "auto":  # the arithmetic of `exam`
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
-    exams = {order: Setting(world, papers, seed).exams(order) for order in ORDERS}
+    exams = {order: in_orders(papers, [order], seed) for order in ORDERS}
     logs.mkdir(parents=True, exist_ok=True)
     log = RunLog(logs / f"{name}.jsonl", {
         "world": world.name, "model": fingerprint(model), "seed": seed})
@@ -173,18 +179,17 @@ def publish(
         CheckpointError: the start's tokenizer is not to be had any more.
         OSError, SafetensorError: the disk is full; an earlier folder stays as it was.
     """
-    source = tokenizer_name(start, world.tokenizer)
-    own = load_tokenizer(source) if source == start else None
     with log.open(newline="") as stream:
         seconds = float(list(csv.DictReader(stream))[-1]["seconds"])
     card = CARD.format(
-        name=out.name, start=start, world=world.name, tokenizer=source,
+        name=out.name, start=start, world=world.name,
+        tokenizer=tokenizer_name(start, world.tokenizer),
         parameters=f"{model.num_parameters():,}", steps=recipe.steps, seed=recipe.seed,
         minutes=f"{seconds / 60:.0f}", threads=torch.get_num_threads(),
         recipe=json.dumps(asdict(recipe), indent=1), table=exam_table(list(records)),
         papers=f"{records[0]['n_exams']:,}", papers_seed=records[0]["seed"],
         tags=tag_table(records))
-    write_checkpoint(out, model.float(), log, card, own, exam=list(records))
+    write_checkpoint(out, model.float(), log, card, own_tokenizer(start), exam=list(records))
 
 
 def tag_table(records: Sequence[dict]) -> str:
