@@ -14,7 +14,13 @@ from roi_lib import mft
 from roi_lib.__main__ import change, main
 from roi_lib.checkpoints import CheckpointError, load_model, load_tokenizer, verify_folder
 from roi_lib.evaluation import reference_generator, segment_table, sit
-from roi_lib.exams import Exam, draw_papers, parse_response, reference_response
+from roi_lib.exams import (
+    Exam,
+    draw_papers,
+    order_problems,
+    parse_response,
+    reference_response,
+)
 from roi_lib.generation import ReplayGenerator
 from roi_lib.mft import Sample, Target
 from roi_lib.pretrain import new_model
@@ -277,7 +283,7 @@ def test_a_work_folder_of_another_recipe_is_refused(tmp_path):
 def test_calibration_of_a_writer_who_knows_himself(tokenizer):
     """Replays with exact tags: every tag is right, and nothing is skipped that can be solved."""
     papers = draw_papers(POCKET, 12, seed=3)
-    exams = [Exam(mft.order_problems(p, ORDERS[i % 3], f"0/{i}"), ORDERS[i % 3])
+    exams = [Exam(order_problems(p, ORDERS[i % 3], f"0/{i}"), ORDERS[i % 3])
              for i, p in enumerate(papers)]
     ample = mft.ample_budget(POCKET, exams)
     problems = [p for exam in exams for p in exam.problems]
