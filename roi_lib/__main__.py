@@ -27,6 +27,7 @@ def exam(args) -> None:
         difference_table,
         exam_table,
         make_records,
+        position_table,
         shortfall_table,
         sit_methods,
     )
@@ -47,8 +48,8 @@ def exam(args) -> None:
     budgets = args.budgets or world.budgets
     results = sit_methods(setting, names, budgets, args.workers)
     records = make_records(setting, results)
-    print("\n\n".join(filter(None, (exam_table(records), shortfall_table(records),
-                                    difference_table(records)))))
+    tables = exam_table, position_table, shortfall_table, difference_table
+    print("\n\n".join(filter(None, (table(records) for table in tables))))
     report_failures(args, records)
     note_on_one_exam(len(papers))
     if args.out:

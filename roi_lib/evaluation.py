@@ -149,6 +149,18 @@ def score_and_regret(points: np.ndarray, easy: np.ndarray, seed: int = 0) -> dic
     }
 
 
+def by_position(accuracy: np.ndarray, seed: int = 0) -> dict:
+    """Accuracy at each position with its interval, from marks or expectations [papers, problems].
+
+    All intervals are None for a single exam.
+    """
+    return {
+        "position_accuracy": accuracy.mean(0).tolist(),
+        "position_accuracy_ci": [paired_interval([column], lambda x: x, seed)
+                                 for column in accuracy.T],
+    }
+
+
 def summarize(
     world: World, sittings: Sequence[Sitting], easy: Sequence[Sitting], seed: int = 0
 ) -> dict:
@@ -168,8 +180,8 @@ def summarize(
         raise ValueError("regret compares orders of the same papers, and these papers differ")
     table = segment_table(world, sittings)
     hits = (table["predicted"] == table["real"])[table["predicted"] >= 0]
-    return score_and_regret(marks(sittings), marks(easy), seed) | {
-        "position_accuracy": np.mean([s.correct for s in sittings], axis=0).tolist(),
+    accuracy = np.array([s.correct for s in sittings], float)
+    return score_and_regret(marks(sittings), marks(easy), seed) | by_position(accuracy, seed) | {
         "position_tokens": np.mean(
             [[segment.cost for segment in s.response.segments] for s in sittings], axis=0).tolist(),
         "mean_tokens": float(np.mean([s.response.total for s in sittings])),
@@ -186,14 +198,14 @@ def summarize_bound(bound: Bound, easy: Bound, seed: int = 0) -> dict:
 
     Its Score is the achievable side; see `rational` for the others.
     """
-    return score_and_regret(bound.achievable, easy.achievable, seed) | {
+    scores = score_and_regret(bound.achievable, easy.achievable, seed)
+    return scores | by_position(bound.accuracy, seed) | {
         "plug_in": float(bound.plug_in.mean()),
         "plug_in_ci": paired_interval([bound.plug_in], lambda x: x, seed),
         "by_family": float(bound.by_family.mean()),
         "by_family_ci": paired_interval([bound.by_family], lambda x: x, seed),
         "prophet": float(bound.prophet.mean()),
         "prophet_ci": paired_interval([bound.prophet], lambda x: x, seed),
-        "position_accuracy": bound.accuracy.mean(0).tolist(),
         "position_tokens": bound.tokens.mean(0).tolist(),
         "mean_tokens": float(bound.tokens.sum(1).mean()),
         "skip_rate": float(bound.skipped.mean()),
@@ -366,6 +378,20 @@ def exam_table(records: list[dict]) -> str:
         lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f} "
                      f"{brackets(r['score_ci']):<15}{regret} {brackets(r['regret_ci'], '6.3f'):<17}"
                      f"{r['mean_tokens']:6.1f} {positions}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def position_table(records: list[dict]) -> str:
+    """Accuracy at each position with its interval, as a text table."""
+    width, positions = name_width(records), len(records[0]["position_accuracy"])
+    heads = (f"right at position {i}" for i in range(1, positions + 1))
+    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}"
+             + " ".join(f"{head:<19}" for head in heads)]
+    for r in records:
+        cells = (f"{a:.3f} {brackets(ends)}" for a, ends in zip(
+            r["position_accuracy"], r["position_accuracy_ci"], strict=True))
+        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}"
+                     + " ".join(f"{cell:<19}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 

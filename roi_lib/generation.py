@@ -223,6 +223,7 @@ class LlamaRows:
     - Rows of one prompt read one copy of its keys and values. They sit together at *desks* of
       equally many seats, so that the queries of a desk meet its prompt in one matrix product. A
       seat that stays empty repeats another row of its desk, and nobody looks at its result.
+      Once no two rows share a prompt, each has its prompt's copy in front of its own tokens.
     - The responses' keys and values lie in memory without gaps, [heads, seats, tokens, head_dim].
       There is room for a few tokens more, masked until they come; then it is enlarged. In a
       buffer of the final size each row is followed by unused space, and where all of it exceeds
@@ -249,7 +250,7 @@ class LlamaRows:
 
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.longest, self.filled = longest, 0
+        self.longest, self.filled, self.width = longest, 0, mask.shape[1]
         self.prompts = [self._joined(layers, mask.shape[1])
                         for layers in zip(*(cache.layers for cache in prefilled), strict=True)]
         self.bias = None  # where all prompts have one length, nothing is hidden
@@ -262,6 +263,7 @@ class LlamaRows:
         heads, _, _, size = self.prompts[0][0].shape
         self.own = [tuple(keys.new_empty(heads, len(row_of_seat), 0, size) for _ in range(2))
                     for keys, _ in self.prompts]
+        self._part()
 
     @staticmethod
     def _joined(layers: Sequence[CacheLayerMixin], width: int) -> tuple[torch.Tensor, ...]:
@@ -295,6 +297,15 @@ class LlamaRows:
         self.row = torch.tensor(row_of_seat, device=source.device)
         return self.row
 
+    def _part(self) -> None:
+        """Where no desk has two seats, put prompts and responses into one buffer a layer."""
+        if len(self.desks) < len(self.row):
+            return
+        self.own = [tuple(torch.cat(parts, 2) for parts in zip(*layer, strict=True))
+                    for layer in zip(self.prompts, self.own, strict=True)]
+        self.filled, self.longest = self.filled + self.width, self.longest + self.width
+        self.prompts, self.row, self.seat = None, slice(None), slice(None)
+
     def _make_room(self) -> None:
         """Room for more tokens in every layer, if it is full."""
         room = min(self.GROWTH, self.longest - self.filled)
@@ -309,15 +320,20 @@ class LlamaRows:
             query: [heads, seats, group, head_dim], contiguous and scaled.
             key, value: [heads, seats, head_dim].
         """
-        (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
+        keys, values = self.own[layer]
         keys[:, :, self.filled], values[:, :, self.filled] = key, value
-        (heads, seats, group, size), width = query.shape, prompt_keys.shape[2]
+        on_own = query @ keys.transpose(-1, -2)
+        on_own[..., self.filled + 1 :] = -torch.inf
+        if self.prompts is None:
+            if self.bias is not None:
+                on_own[..., : self.width] += self.bias
+            return torch.softmax(on_own, -1) @ values
+        (prompt_keys, prompt_values), width = self.prompts[layer], self.width
+        heads, seats, group, size = query.shape
         by_desk = query.view(heads, len(self.desks), -1, size)
         on_prompt = by_desk @ prompt_keys.transpose(-1, -2)
         if self.bias is not None:
             on_prompt += self.bias
-        on_own = query @ keys.transpose(-1, -2)
-        on_own[..., self.filled + 1 :] = -torch.inf
         scores = torch.cat((on_prompt.view(heads, seats, group, width), on_own), -1)
         on_prompt, on_own = torch.softmax(scores, -1).split([width, keys.shape[2]], -1)
         mixed = on_prompt.reshape(heads, len(self.desks), -1, width) @ prompt_values
@@ -346,10 +362,15 @@ class LlamaRows:
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
-        seat = self.seat[kept]  # where they sit until now
-        seat = seat[self._seat(self.source[kept])]
+        if self.prompts is None:
+            seat, self.bias = kept, None if self.bias is None else self.bias[kept]
+        else:
+            seat = self.seat[kept]  # where they sit until now
+            seat = seat[self._seat(self.source[kept])]
         self.position = self.position[seat]
         self.own = [(keys[:, seat], values[:, seat]) for keys, values in self.own]
+        if self.prompts is not None:
+            self._part()
 
 
 class TorchGenerator(BudgetedGenerator):

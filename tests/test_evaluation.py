@@ -5,8 +5,10 @@ import pytest
 
 from roi_lib.evaluation import (
     bootstrap_means,
+    by_position,
     confusion,
     interval,
+    position_table,
     reference_generator,
     regret,
     segment_table,
@@ -32,6 +34,7 @@ def test_a_faultless_writer_with_ample_budget_scores_all(tokenizer):
     summary = summarize(POCKET, hard, easy)
     assert summary["score"] == summary["score_easy"] == 3 and summary["regret"] == 0
     assert summary["position_accuracy"] == [1, 1, 1] and summary["over_budget"] == 0
+    assert summary["position_accuracy_ci"] == [[1, 1]] * 3
     assert summary["score_ci"] == [3, 3] and summary["level_accuracy"] is None
 
 
@@ -76,6 +79,27 @@ def test_bootstrap_interval_has_its_width():
     pair = np.repeat(values, 2, axis=1)
     means = bootstrap_means(pair)
     assert np.array_equal(means[:, 0], means[:, 1]), "columns share each resample"
+
+
+def test_intervals_by_position_are_those_of_a_share():
+    right = np.zeros((400, 3))
+    right[:100, 1] = right[:, 2] = 1
+    found = by_position(right)
+    assert found["position_accuracy"] == [0, 0.25, 1]
+    never, (low, high), always = found["position_accuracy_ci"]
+    assert never == [0, 0] and always == [1, 1]
+    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5  # of the binomial, by the normal approximation
+    assert low == pytest.approx(0.25 - half, abs=0.006)
+    assert high == pytest.approx(0.25 + half, abs=0.006)
+    table = position_table([{"method": "a", "budget": 64, "order": "hard"} | found])
+    assert f"0.250 [{low:.3f},{high:.3f}]" in table.splitlines()[1]
+
+
+def test_one_exam_has_no_interval_at_any_position():
+    found = by_position(np.ones((1, 2)))
+    assert found == {"position_accuracy": [1, 1], "position_accuracy_ci": [None, None]}
+    table = position_table([{"method": "a", "budget": 64, "order": "hard"} | found])
+    assert table.splitlines()[1].count("1.000 --") == 2
 
 
 @pytest.mark.parametrize("budget", [0, 1, 4])
