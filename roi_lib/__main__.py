@@ -44,7 +44,7 @@ def exam(args) -> None:
         write_json(args.write_papers, asdict(make_manifest(world, papers, split, args.seed)))
         print(f"wrote {args.write_papers}")
     setting = Setting(world, papers, args.seed, args.temperature, args.model, args.tokenizer,
-                      engine_choice(args), args.samples)
+                      engine_choice(args, world), args.samples)
     budgets = args.budgets or world.budgets
     results = sit_methods(setting, names, budgets, args.workers)
     records = make_records(setting, results)
@@ -119,7 +119,8 @@ def sweep(args) -> None:
     check_writable("--out", args.out)
     world, rows = get_world(args.world), []
     names, total = method_names(world, args.methods), len(points(world, args.sweep))
-    choice = EngineChoice(args.engine, log=args.log, every=args.progress or None, dtype=args.dtype)
+    choice = EngineChoice(args.engine, log=args.log, every=args.progress or None,
+                          dtype=arithmetic(args, world))
     for part in run_sweep(world, args.sweep, names, args.exams, args.seed, args.data, choice,
                           args.workers):
         rows += part
@@ -130,7 +131,12 @@ def sweep(args) -> None:
     print(f"wrote {args.out}: {len(rows)} rows")
 
 
-def engine_choice(args):
+def arithmetic(args, world) -> str | None:
+    """The torch engine's arithmetic: as `--dtype` has it, or the world's for tables."""
+    return args.dtype or (world.table_dtype if args.engine == "torch" else None)
+
+
+def engine_choice(args, world):
     """The engine that the options of `exam` name."""
     from roi_lib.evaluation import EngineChoice
 
@@ -139,7 +145,8 @@ def engine_choice(args):
         options = {"base_url": args.base_url, "api": args.api, "key_variable": args.key_variable,
                    "concurrency": args.concurrency, "retries": args.retries,
                    "timeout": args.timeout}
-    return EngineChoice(args.engine, options, args.log, args.progress or None, args.dtype)
+    return EngineChoice(args.engine, options, args.log, args.progress or None,
+                        arithmetic(args, world))
 
 
 def report_failures(args, records) -> None:
@@ -354,7 +361,7 @@ def add_run_options(command) -> None:
     command.add_argument("--engine", default="torch", help="torch, vllm, openai or replay")
     command.add_argument("--log", type=Path, help="folder of run logs; a run found there goes on")
     command.add_argument("--workers", type=int, help="processes; by itself as many as pay")
-    command.add_argument("--dtype", help="float32 or float64, instead of the world's")
+    command.add_argument("--dtype", help="float32 or float64; the world's own for tables")
     command.add_argument("--progress", type=float, default=10.0,
                          help="seconds between progress lines on standard error; 0 for none")
 

@@ -203,11 +203,11 @@ class AnyRows:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates.
-
-    The left half of `sin` has its sign turned.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates."""
+    rotated, half = x * cos, x.shape[-1] // 2
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated
 
 
 def normalize(norm, x: torch.Tensor) -> torch.Tensor:
@@ -344,8 +344,6 @@ class LlamaRows:
         self._make_room()
         x = self.body.embed_tokens(token[self.row])
         cos, sin = self.body.rotary_emb(x, self.position[:, None])  # [seats, 1, head_dim]
-        left, right = sin.chunk(2, -1)
-        sin = torch.cat((-left, right), -1)
         heads, seats, _, size = self.own[0][0].shape
         scale = size**-0.5
         for i, block in enumerate(self.body.layers):

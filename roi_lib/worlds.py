@@ -190,7 +190,10 @@ class World:
         grader: how answers are compared (see `grading.GRADERS`).
         prompts: prompting style -> user message, with fields {budget}, {n} and {problems}.
         tokenizer: default tokenizer: a folder below `data/`, or a hub id.
-        dtype: arithmetic of the torch engine; "auto" for the checkpoint's own.
+        dtype: arithmetic of the torch engine; "auto" for the checkpoint's own. In float64 a seed
+            gives the same tokens on every processor.
+        table_dtype: the same for the commands `exam` and `sweep`. In float32 they take half the
+            time, and one token in millions may fall otherwise on another processor.
         methods: name -> what the evaluation compares.
         mft: recipe of Meta-Cognitive Fine-Tuning.
         rarl: recipe of Rationality-Aware RL.
@@ -207,6 +210,7 @@ class World:
     prompts: Mapping[str, str]
     tokenizer: str
     dtype: str
+    table_dtype: str
     methods: Mapping[str, Method]
     mft: MFTRecipe
     rarl: RARLRecipe
@@ -255,6 +259,7 @@ POCKET = World(
     },
     tokenizer="pocket-tokenizer",
     dtype="float64",
+    table_dtype="float32",
     methods={
         "replay": Method(None, "direct"),
         "base": Method("pocket-base", "direct"),
@@ -313,6 +318,7 @@ for up to 1024. If it is not worth its tokens, write \
     },
     tokenizer="gsm8k-bpe",
     dtype="auto",
+    table_dtype="auto",
     methods={
         "replay": Method(None, "direct"),
         "base": Method("Qwen/Qwen2.5-1.5B-Instruct", "direct"),
