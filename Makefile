@@ -13,7 +13,7 @@ NBVAL := --nbval --nbval-current-env -p no:cacheprovider
 
 exam: .venv/.installed
 	$(BIN)/python -m roi_lib exam --world pocket --methods all --budgets 64,128 \
-		--exams $(EXAMS) --seed 0 --dtype float32 --out results.json --plot results.png
+		--exams $(EXAMS) --seed 0 --out results.json --plot results.png
 
 test: $(DEV) lint
 	$(BIN)/python -m pytest tests

@@ -298,11 +298,14 @@ class LlamaRows:
         return self.row
 
     def _part(self) -> None:
-        """Where no desk has two seats, put prompts and responses into one buffer a layer."""
+        """Where no desk has two seats, put prompts and responses into one buffer a layer, in the
+        order of the rows (rows of one prompt may sit at desks side by side)."""
         if len(self.desks) < len(self.row):
             return
-        self.own = [tuple(torch.cat(parts, 2) for parts in zip(*layer, strict=True))
+        self.own = [tuple(torch.cat(parts, 2)[:, self.seat] for parts in zip(*layer, strict=True))
                     for layer in zip(self.prompts, self.own, strict=True)]
+        self.bias = None if self.bias is None else self.bias[self.seat]
+        self.position = self.position[self.seat]
         self.filled, self.longest = self.filled + self.width, self.longest + self.width
         self.prompts, self.row, self.seat = None, slice(None), slice(None)
 

@@ -6,11 +6,12 @@ import shutil
 import pytest
 
 from roi_lib import doctor
-from roi_lib.__main__ import main
+from roi_lib.__main__ import arithmetic, build_parser, main
+from roi_lib.worlds import get_world
 
 KEYS = {"world", "method", "order", "budget", "n_exams", "seed", "score", "score_ci", "score_easy",
-        "regret", "regret_ci", "position_accuracy", "mean_tokens", "skip_rate", "level_accuracy",
-        "over_budget"}
+        "regret", "regret_ci", "position_accuracy", "position_accuracy_ci", "mean_tokens",
+        "skip_rate", "level_accuracy", "over_budget"}
 
 
 def run(capsys, *arguments):
@@ -38,7 +39,8 @@ def test_exam_writes_the_agreed_records(capsys, tmp_path):
     status, table, _ = run(capsys, "exam", "--world", "pocket", "--methods", "base", "--budgets",
                            "64,128", "--exams", 20, "--seed", 0, "--out", out)
     records = json.loads(out.read_text())
-    assert status == 0 and len(records) == 6 and table.count("base") == 6
+    assert status == 0 and len(records) == 6
+    assert table.count("base") == 12, "six rows of Scores, six of accuracies by position"
     assert all(KEYS <= set(r) and r["over_budget"] == 0 and r["n_exams"] == 20 for r in records)
     assert [(r["budget"], r["order"]) for r in records] == [
         (b, o) for b in (64, 128) for o in ("easy", "medium", "hard")]
@@ -46,6 +48,15 @@ def test_exam_writes_the_agreed_records(capsys, tmp_path):
     again = tmp_path / "again.json"
     run(capsys, "exam", "--exams", 20, "--out", again)
     assert again.read_text() == out.read_text(), "the defaults are the pocket world's, seeded"
+
+
+def test_arithmetic_of_tables():
+    def chosen(*options):
+        args = build_parser().parse_args(["exam", *options])
+        return arithmetic(args, get_world(args.world))
+    assert chosen() == "float32" and chosen("--dtype", "float64") == "float64"
+    assert chosen("--world", "paper") == "auto"
+    assert chosen("--engine", "vllm") is None, "the other engines have their own"
 
 
 def test_real_papers_by_replay(capsys, tmp_path, real_data):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from roi_lib.checkpoints import load_model
 from roi_lib.evaluation import sit
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt
 from roi_lib.generation import (
@@ -81,6 +82,19 @@ def test_F11_neither_desks_nor_room_nor_prompts_at_a_time_change_anything(
         monkeypatch.setattr(LlamaRows, "SEATS_PER_ROW", seats_per_row)
         monkeypatch.setattr(LlamaRows, "GROWTH", 7)
         assert ids(TorchGenerator.of(model, tokenizer).generate(requests)) == wanted
+
+
+def test_F11_a_few_shared_prompts_among_many(tokenizer, prompts):
+    """Too few for desks of two seats: every row sits alone, and rows of one prompt lie apart.
+
+    The trained model reads its prompt; of the random one's tokens the prompt decides few.
+    """
+    generator = TorchGenerator.of(load_model("pocket-base", "float64"), tokenizer)
+    first = next(p for i, p in enumerate(prompts)
+                 if any(len(p) == len(other) for other in prompts[i + 1 :]))
+    requests = [Request(p, 24, (i,)) for i, p in enumerate([*prompts, first])]
+    alone = [generator.generate([request])[0] for request in requests]
+    assert ids(generator.generate(requests)) == ids(alone)
 
 
 def test_seeds_decide(generator, prompts):
