@@ -367,32 +367,33 @@ def name_width(records: list[dict]) -> int:
     return max(16, 1 + max(len(r["method"]) for r in records))
 
 
+def text_table(records: list[dict], head: str, cells: Callable[[dict], str]) -> str:
+    """A text table: each record's method, budget and order, then what `cells` makes of it."""
+    width = name_width(records)
+    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}{head}"]
+    lines += [f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{cells(r)}" for r in records]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def exam_table(records: list[dict]) -> str:
     """Records as a text table."""
-    width = name_width(records)
-    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}{'Score':>6} {'95 % interval':<15}"
-             f"{'Regret':>7} {'95 % interval':<17}{'tokens':>6} {'right at position':<18}"]
-    for r in records:
+    def cells(r: dict) -> str:
         regret = "   --  " if r["regret"] is None else f"{r['regret']:7.3f}"
         positions = " ".join(f"{a:.2f}" for a in r["position_accuracy"])
-        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f} "
-                     f"{brackets(r['score_ci']):<15}{regret} {brackets(r['regret_ci'], '6.3f'):<17}"
-                     f"{r['mean_tokens']:6.1f} {positions}")
-    return "\n".join(line.rstrip() for line in lines)
+        return (f"{r['score']:6.3f} {brackets(r['score_ci']):<15}{regret} "
+                f"{brackets(r['regret_ci'], '6.3f'):<17}{r['mean_tokens']:6.1f} {positions}")
+    return text_table(records, f"{'Score':>6} {'95 % interval':<15}{'Regret':>7} "
+                      f"{'95 % interval':<17}{'tokens':>6} {'right at position':<18}", cells)
 
 
 def position_table(records: list[dict]) -> str:
     """Accuracy at each position with its interval, as a text table."""
-    width, positions = name_width(records), len(records[0]["position_accuracy"])
-    heads = (f"right at position {i}" for i in range(1, positions + 1))
-    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}"
-             + " ".join(f"{head:<19}" for head in heads)]
-    for r in records:
-        cells = (f"{a:.3f} {brackets(ends)}" for a, ends in zip(
-            r["position_accuracy"], r["position_accuracy_ci"], strict=True))
-        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}"
-                     + " ".join(f"{cell:<19}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+    def cells(r: dict) -> str:
+        pairs = zip(r["position_accuracy"], r["position_accuracy_ci"], strict=True)
+        return " ".join(f"{a:.3f} {brackets(ends):<13}" for a, ends in pairs)
+    positions = len(records[0]["position_accuracy"])
+    return text_table(records, " ".join(f"{f'right at position {i + 1}':<19}"
+                                        for i in range(positions)), cells)
 
 
 def shortfall_table(records: list[dict]) -> str:
@@ -403,19 +404,16 @@ def shortfall_table(records: list[dict]) -> str:
     rows = [r for r in records if "rational" in r]
     if not rows:
         return ""
-    width = name_width(rows)
-    lines = [f"{'method':<{width}}{'budget':>6} {'order':<7}{'Score':>6}  {'rational':<12}"
-             f"{'by family':>9} {'prophet':>7}  {'optimality gap':<20}{'lost to order':<21}"
-             "lost to folly"]
-    for r in rows:
-        def part(key, form, r=r):
+
+    def cells(r: dict) -> str:
+        def part(key, form):
             return "--" if r[key] is None else f"{r[key]:{form}} {brackets(r[key + '_ci'], '.2f')}"
-        lines.append(f"{r['method']:<{width}}{r['budget']:>6} {r['order']:<7}{r['score']:6.3f}  "
-                     f"{r['rational']:.3f}-{r['rational_plug_in']:<6.3f}"
-                     f"{r['rational_by_family']:9.3f} {r['prophet']:7.3f}  "
-                     f"{part('optimality_gap', '5.2f'):<20}{part('lost_to_order', '6.3f'):<21}"
-                     f"{part('lost_to_folly', '6.3f')}")
-    return "\n".join(line.rstrip() for line in lines)
+        return (f"{r['score']:6.3f}  {r['rational']:.3f}-{r['rational_plug_in']:<6.3f}"
+                f"{r['rational_by_family']:9.3f} {r['prophet']:7.3f}  "
+                f"{part('optimality_gap', '5.2f'):<20}{part('lost_to_order', '6.3f'):<21}"
+                f"{part('lost_to_folly', '6.3f')}")
+    return text_table(rows, f"{'Score':>6}  {'rational':<12}{'by family':>9} {'prophet':>7}  "
+                      f"{'optimality gap':<20}{'lost to order':<21}lost to folly", cells)
 
 
 def difference_table(records: list[dict]) -> str:

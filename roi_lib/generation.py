@@ -251,7 +251,7 @@ class LlamaRows:
     def __init__(self, model, prefilled, mask, source, longest: int) -> None:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.longest, self.filled, self.width = longest, 0, mask.shape[1]
-        self.prompts = [self._joined(layers, mask.shape[1])
+        self.prompts = [self._joined(layers, self.width)
                         for layers in zip(*(cache.layers for cache in prefilled), strict=True)]
         self.bias = None  # where all prompts have one length, nothing is hidden
         if not mask.all():
@@ -298,16 +298,13 @@ class LlamaRows:
         return self.row
 
     def _part(self) -> None:
-        """Where no desk has two seats, put prompts and responses into one buffer a layer, in the
-        order of the rows (rows of one prompt may sit at desks side by side)."""
-        if len(self.desks) < len(self.row):
+        """Where no desk has two seats, put prompts and responses into one buffer a layer."""
+        if self.prompts is None or len(self.desks) < len(self.row):
             return
-        self.own = [tuple(torch.cat(parts, 2)[:, self.seat] for parts in zip(*layer, strict=True))
+        self.own = [tuple(torch.cat(parts, 2) for parts in zip(*layer, strict=True))
                     for layer in zip(self.prompts, self.own, strict=True)]
-        self.bias = None if self.bias is None else self.bias[self.seat]
-        self.position = self.position[self.seat]
         self.filled, self.longest = self.filled + self.width, self.longest + self.width
-        self.prompts, self.row, self.seat = None, slice(None), slice(None)
+        self.prompts = None
 
     def _make_room(self) -> None:
         """Room for more tokens in every layer, if it is full."""
@@ -363,15 +360,15 @@ class LlamaRows:
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
+        seat = self.seat[kept]  # where they sit until now
         if self.prompts is None:
-            seat, self.bias = kept, None if self.bias is None else self.bias[kept]
+            self.bias = None if self.bias is None else self.bias[seat]
+            self.row = self.seat = torch.arange(len(kept), device=kept.device)
         else:
-            seat = self.seat[kept]  # where they sit until now
             seat = seat[self._seat(self.source[kept])]
         self.position = self.position[seat]
         self.own = [(keys[:, seat], values[:, seat]) for keys, values in self.own]
-        if self.prompts is not None:
-            self._part()
+        self._part()
 
 
 class TorchGenerator(BudgetedGenerator):

@@ -139,7 +139,7 @@ def measure(
         ValueError: no papers, or the log of another run.
         FloatingPointError: NaN or infinite logits.
     """
-    if world.dtype != "auto":  # the arithmetic of `exam`
+    if world.dtype != "auto":  # the same tokens on every processor
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
     exams = {order: in_orders(papers, [order], seed) for order in ORDERS}
     logs.mkdir(parents=True, exist_ok=True)
