@@ -20,10 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from roi_lib import generation
 from roi_lib.checkpoints import load_model, load_tokenizer
 from roi_lib.engines import make_engine, vllm_installed
 from roi_lib.exams import draw_papers, encode_prompt, exam_prompt, in_orders
@@ -107,8 +110,8 @@ def timed(work, *arguments) -> tuple[int, float]:
 
 def parts(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, float]:
     """Shares of one run's time: reading the prompts, decoding, choosing tokens."""
-    methods = {"prefill": "_prefill", "choose": "_choose"}
-    seconds = dict.fromkeys(methods, 0.0)
+    clocks = {"prefill": (engine.rows, "read"), "choose": (generation, "choose")}
+    seconds = dict.fromkeys(clocks, 0.0)
 
     def clocked(name, function):
         def call(*arguments, **options):
@@ -118,11 +121,11 @@ def parts(engine: TorchGenerator, requests: Sequence[Request]) -> dict[str, floa
             return result
         return call
 
-    for name, method in methods.items():
-        setattr(engine, method, clocked(name, getattr(engine, method)))
-    total = timed(engine_tokens, engine, requests)[1]
-    for method in methods.values():
-        delattr(engine, method)
+    with ExitStack() as stack:
+        for name, (owner, attribute) in clocks.items():
+            timer = clocked(name, getattr(owner, attribute))
+            stack.enter_context(patch.object(owner, attribute, timer))
+        total = timed(engine_tokens, engine, requests)[1]
     seconds["decode"] = total - sum(seconds.values())
     return {name: value / total for name, value in seconds.items()}
 

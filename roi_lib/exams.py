@@ -136,8 +136,14 @@ def exam_prompt(world: World, exam: Exam, budget: int, style: str = "direct") ->
     )
 
 
+def tag(level: int) -> str:
+    """The words that predict a level."""
+    return f"{TAG_OPEN}Level-{level}{TAG_CLOSE}"
+
+
 def reference_response(
-    world: World, problems: Sequence[Problem], style: str = "direct", skip: Sequence[bool] = ()
+    world: World, problems: Sequence[Problem], style: str = "direct", skip: Sequence[bool] = (),
+    levels: Sequence[int] = (),
 ) -> str:
     """The worked solutions in order, under their headers; what a faultless writer would write.
 
@@ -146,6 +152,7 @@ def reference_response(
 
     Args:
         skip: one flag a problem; where it is set, a skip stands in for the solution.
+        levels: one a problem, to be written as its tag.
     """
     headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
     names = [header.strip("#. ") for header in headers]  # to be taken for no header
@@ -156,9 +163,11 @@ def reference_response(
     if style == "least_to_most":
         ratings = [f"{name} {p.tier}" for name, p in zip(names, problems, strict=True)]
         parts.append(f"Rating: {'; '.join(ratings)}.")
-    for header, p, skipped in zip(headers, problems, skip or [False] * len(problems), strict=True):
+    tags = [f"{tag(level)} " for level in levels] or [""] * len(problems)
+    skip = skip or [False] * len(problems)
+    for header, first, p, skipped in zip(headers, tags, problems, skip, strict=True):
         words = f"\\boxed{{{SKIP_ANSWER}}}" if skipped else p.solution
-        parts.append(f"{header}\n{words}")
+        parts.append(f"{header}\n{first}{words}")
     return "\n".join(parts)
 
 

@@ -37,7 +37,14 @@ from roi_lib.osmckp import greedy_knapsack
 from roi_lib.problems import Problem
 from roi_lib.rational import SAMPLES, Bound, Outcomes, rational_bounds, sample_outcomes
 from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
-from roi_lib.sitting import Sitting, check_budget, reference_generator, sit, smallest_budget
+from roi_lib.sitting import (
+    Sitting,
+    check_budget,
+    reference_generator,
+    reference_ids,
+    sit,
+    smallest_budget,
+)
 from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
 
 
@@ -193,7 +200,7 @@ def sit_method(setting: Setting, name: str, budgets: Sequence[int]) -> list[Sat 
     if method.checkpoint is None:
         exams = [exam for order in ORDERS for exam in setting.exams(order)]
         engine = reference_generator(world, tokenizer, exams, budgets, method.style)
-        return [Sat(name, budget, sit_whole(setting, method, tokenizer, engine, budget)[0], {})
+        return [Sat(name, budget, *sit_whole(setting, method, tokenizer, engine, budget))
                 for budget in budgets]
     engine = setting.choice.make(checkpoint, tokenizer, world.dtype)
     run = {"world": world.name, "method": name, "model": model_hash(checkpoint),
@@ -204,8 +211,11 @@ def sit_method(setting: Setting, name: str, budgets: Sequence[int]) -> list[Sat 
 
     if method.way == "rational":
         return rational(setting, name, tokenizer, logged(max(budgets)), budgets)
-    results = [Sat(name, budget, *WAYS[method.way](setting, method, tokenizer, logged(budget),
-                                                   budget)) for budget in budgets]
+    sat: dict[int, Sat] = {}
+    for budget in sorted(budgets, reverse=True):
+        sat[budget] = Sat(name, budget, *WAYS[method.way](
+            setting, method, tokenizer, logged(budget), budget, [*sat.values()]))
+    results = [sat[budget] for budget in budgets]
     if isinstance(engine, OpenAIGenerator):
         results[0] = replace(results[0], usage=asdict(engine.usage))
     return results
@@ -230,10 +240,14 @@ def sit_methods(
         workers = default_workers(setting, checkpoints)
     if workers == 1:
         return [result for name in names for result in sit_method(setting, name, budgets)]
-    bounds = [name for name in names if setting.world.method(name).way == "rational"]
-    jobs = [(name, some) for name in names
-            for some in ([tuple(budgets)] if name in bounds else [(b,) for b in budgets])]
-    longest_first = sorted(jobs, key=lambda job: (job[0] not in bounds, -job[1][0]))
+    jobs = []
+    for name in names:
+        way = setting.world.method(name).way
+        # What was written under one budget is the draft of the next: only where there is nobody
+        # else to keep a worker busy, budgets part.
+        apart = way == "knapsack" or way == "whole" and len(names) < workers
+        jobs += [(name, (b,)) for b in budgets] if apart else [(name, tuple(budgets))]
+    longest_first = sorted(jobs, key=lambda job: -sum(job[1]))
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
                              (threads,)) as pool:
@@ -261,12 +275,25 @@ def default_workers(setting: Setting, checkpoints: Sequence[str | None]) -> int:
 
 
 def sit_whole(
-    setting: Setting, method: Method, tokenizer, generator: BudgetedGenerator, budget: int
+    setting: Setting, method: Method, tokenizer, generator: BudgetedGenerator, budget: int,
+    earlier: Sequence[Sat] = (),
 ) -> tuple[dict[str, list[Sitting]], dict]:
-    """The paper as one exam, which is what a model does by itself."""
-    return {order: sit(setting.world, tokenizer, generator, setting.exams(order), budget,
-                       method.style, setting.temperature, setting.seed)
-            for order in ORDERS}, {}
+    """The paper as one exam, which is what a model does by itself.
+
+    Where the world has drafts, they are what the model wrote under the `earlier`, larger budget
+    with the same random numbers. Before there is any: the reference solutions, unless the style
+    asks for tags.
+    """
+    world, sittings = setting.world, {}
+    for order in ORDERS:
+        exams, drafts = setting.exams(order), ()
+        if world.drafts and earlier:
+            drafts = [s.ids for s in earlier[-1].sittings[order]]
+        elif world.drafts and not method.tagged:
+            drafts = reference_ids(world, tokenizer, exams, method.style)
+        sittings[order] = sit(world, tokenizer, generator, exams, budget, method.style,
+                              setting.temperature, setting.seed, drafts)
+    return sittings, {}
 
 
 def rational(
@@ -353,7 +380,8 @@ def spread(
 
 
 def sit_knapsack(
-    setting: Setting, method: Method, tokenizer, generator: BudgetedGenerator, budget: int
+    setting: Setting, method: Method, tokenizer, generator: BudgetedGenerator, budget: int,
+    earlier: Sequence[Sat] = (),
 ) -> tuple[dict[str, list[Sitting]], dict]:
     """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction."""
     world = setting.world
@@ -370,9 +398,13 @@ def sit_knapsack(
             rows = [i for i, c in enumerate(charges)
                     if c == charge and chosen[i] and budget - c >= least]
             parts = [Exam(tuple(exams[i].problems[n] for n in chosen[i]), order) for i in rows]
+            levels = [[predictions[i].levels[p.id] for p in part.problems]
+                      for i, part in zip(rows, parts, strict=True)]
+            drafts = (reference_ids(world, tokenizer, parts, method.style, levels)
+                      if world.drafts else ())
             if rows:
                 sat |= zip(rows, sit(world, tokenizer, generator, parts, budget - charge,
-                                     method.style, setting.temperature, setting.seed),
+                                     method.style, setting.temperature, setting.seed, drafts),
                            strict=True)
         sittings[order] = [spread(exam, budget, chosen[i], sat.get(i), predictions[i], charges[i])
                            for i, exam in enumerate(exams)]

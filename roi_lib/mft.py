@@ -44,6 +44,7 @@ from roi_lib.exams import (
     exam_prompt,
     in_orders,
     parse_response,
+    tag,
 )
 from roi_lib.files import write_json
 from roi_lib.generation import BudgetedGenerator, TorchGenerator
@@ -62,16 +63,11 @@ from roi_lib.training import (
     write_checkpoint,
     writing,
 )
-from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, MFTRecipe, World
+from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_OPEN, TIERS, MFTRecipe, World
 
 SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
 KEEP = ("shortest", "median")
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
-
-
-def tag(level: int) -> str:
-    """The words that predict a level."""
-    return f"{TAG_OPEN}Level-{level}{TAG_CLOSE}"
 
 
 def tag_tokens(world: World, tokenizer) -> int:

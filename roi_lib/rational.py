@@ -36,7 +36,7 @@ from roi_lib.osmckp import (
     solve_batch,
 )
 from roi_lib.problems import Problem
-from roi_lib.sitting import sit, smallest_budget
+from roi_lib.sitting import reference_ids, sit, smallest_budget
 from roi_lib.worlds import SKIP_ANSWER, World
 
 SAMPLES = 4  # attempts a problem
@@ -85,8 +85,9 @@ def sample_outcomes(
     """
     exams = [Exam((problem,), "easy") for paper in papers for problem in paper
              for _ in range(samples)]
+    drafts = reference_ids(world, tokenizer, exams, "direct") if world.drafts else ()
     sittings = sit(world, tokenizer, generator, exams, budget, temperature=temperature,
-                   seed=seed + SEED_SHIFT)
+                   seed=seed + SEED_SHIFT, drafts=drafts)
     shape = (len(papers), len(papers[0]), samples)
     header = world.header.format(i=1)
     length, skip = (len(tokenizer(words, add_special_tokens=False).input_ids)

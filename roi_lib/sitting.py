@@ -6,7 +6,7 @@ one entry a problem, column by column.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 
@@ -75,8 +75,13 @@ def sit(
     style: str = "direct",
     temperature: float = 1.0,
     seed: int = 0,
+    drafts: Sequence[Sequence[int]] = (),
 ) -> list[Sitting]:
     """Sit every exam once under one hard budget in tokens.
+
+    Args:
+        drafts: a guess of each response, which changes nothing but the time it takes (see
+            `generation.Request`).
 
     Raises:
         ValueError: no exams, or a budget smaller than a header with a tag.
@@ -86,7 +91,8 @@ def sit(
     check_budget(world, tokenizer, budget)
     messages = [exam_prompt(world, exam, budget, style) for exam in exams]
     prompts = {m: tuple(encode_prompt(tokenizer, m)) for m in dict.fromkeys(messages)}
-    requests = [Request(prompts[m], budget, (seed, i), message=m) for i, m in enumerate(messages)]
+    requests = [Request(prompts[m], budget, (seed, i), message=m, draft=tuple(draft))
+                for i, (m, draft) in enumerate(zip_longest(messages, drafts, fillvalue=()))]
     rollouts = [rollout for (rollout,) in generator.generate(requests, temperature)]
     responses = [parse_response(world, tokenizer, rollout.ids, len(exam.problems))
                  for exam, rollout in zip(exams, rollouts, strict=True)]
@@ -134,14 +140,27 @@ def confusion(world: World, predicted: np.ndarray, real: np.ndarray) -> np.ndarr
     return flat.reshape(levels, levels)
 
 
+def reference_ids(
+    world: World, tokenizer, exams: Sequence[Exam], style: str,
+    levels: Sequence[Sequence[int]] = (),
+) -> list[tuple[int, ...]]:
+    """The reference solutions of these exams as token ids, without end-of-sequence.
+
+    Args:
+        levels: of the problems of each exam, to be written as tags.
+    """
+    words = [reference_response(world, exam.problems, style, levels=tags)
+             for exam, tags in zip_longest(exams, levels, fillvalue=())]
+    return [tuple(tokenizer(w, add_special_tokens=False, split_special_tokens=True).input_ids)
+            for w in words]
+
+
 def reference_generator(
     world: World, tokenizer, exams: Sequence[Exam], budgets: Sequence[int], style: str
 ) -> ReplayGenerator:
     """A generator that writes out the reference solutions of these exams under these budgets."""
     responses = {}
-    for exam in exams:
-        words = reference_response(world, exam.problems, style)
-        ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
+    for exam, ids in zip(exams, reference_ids(world, tokenizer, exams, style), strict=True):
         for budget in budgets:
             prompt = encode_prompt(tokenizer, exam_prompt(world, exam, budget, style))
             responses[tuple(prompt)] = ids

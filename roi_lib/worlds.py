@@ -195,6 +195,8 @@ class World:
         table_dtype: the same for the commands `exam` and `sweep`. In float32 they take half the
             time, and one token in millions may fall otherwise on another processor.
         methods: name -> what the evaluation compares.
+        drafts: whether its models write so much like the reference solutions, and so much the
+            same under any budget, that these make good drafts (see `generation.Request`).
         mft: recipe of Meta-Cognitive Fine-Tuning.
         rarl: recipe of Rationality-Aware RL.
     """
@@ -212,6 +214,7 @@ class World:
     dtype: str
     table_dtype: str
     methods: Mapping[str, Method]
+    drafts: bool
     mft: MFTRecipe
     rarl: RARLRecipe
 
@@ -271,6 +274,7 @@ POCKET = World(
         "rarl": Method("pocket-rarl", "roi"),
         "optimal": Method("pocket-base", "direct", "rational"),
     },
+    drafts=True,
     mft=MFTRecipe(
         problems=1_200, samples=4, keep="shortest", exams=16_000,
         sizes=((2, 10), (3, 28), (4, 2), (5, 1), (6, 1)), mix=(0.12, 0.72, 0.16), rows=32,
@@ -330,6 +334,7 @@ for up to 1024. If it is not worth its tokens, write \
         "rarl": Method("paper-rarl", "roi"),
         "optimal": Method("Qwen/Qwen2.5-1.5B-Instruct", "direct", "rational"),
     },
+    drafts=False,
     mft=MFTRecipe(
         problems=3_000, samples=8, keep="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
         mix=(1.0, 1.0, 1.0), rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,

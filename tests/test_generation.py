@@ -2,17 +2,17 @@
 
 import copy
 import dataclasses
+import random
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from roi_lib.checkpoints import load_model
+from roi_lib.decoding import AnyRows, LlamaRows
 from roi_lib.evaluation import sit
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt
 from roi_lib.generation import (
-    AnyRows,
-    LlamaRows,
     ReplayGenerator,
     Request,
     TorchGenerator,
@@ -76,7 +76,7 @@ def test_F11_neither_desks_nor_room_nor_prompts_at_a_time_change_anything(
     """Groups of 1 to 9 rollouts, many finishing early, so that desks are filled up and redone."""
     requests = [Request(p, 40, (5, i), n=1 + i % 9) for i, p in enumerate(prompts)]
     wanted = ids(TorchGenerator.of(model, tokenizer).generate(requests))
-    monkeypatch.setattr(LlamaRows, "PROMPT_TOKENS", 250)
+    monkeypatch.setattr(LlamaRows, "TOKENS_AT_ONCE", 250)
     monkeypatch.setattr(TorchGenerator, "DROP_SHARE", 0.01)
     for seats_per_row in (1.0, 1.5, 9.0):
         monkeypatch.setattr(LlamaRows, "SEATS_PER_ROW", seats_per_row)
@@ -95,6 +95,56 @@ def test_F11_a_few_shared_prompts_among_many(tokenizer, prompts):
     requests = [Request(p, 24, (i,)) for i, p in enumerate([*prompts, first])]
     alone = [generator.generate([request])[0] for request in requests]
     assert ids(generator.generate(requests)) == ids(alone)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_draft_changes_no_token(tokenizer, prompts, temperature):
+    """Right, right for a while, right but too long, wrong, noise, ended too early."""
+    generator = TorchGenerator.of(load_model("pocket-base", "float64"), tokenizer, max_rows=16)
+    requests = [Request(p, 12 + 3 * i, (i,), n=1 + i % 3) for i, p in enumerate(prompts)]
+    wanted = generator.generate(requests, temperature)
+    end, rng = tokenizer.eos_token_id, random.Random(0)
+    drafts = {"right": [group[0].ids for group in wanted],
+              "long": [group[-1].ids + (5, 6, 7) * 9 for group in wanted],
+              "wrong": [wanted[i - 1][0].ids for i in range(len(wanted))],
+              "noise": [tuple(rng.choices(range(len(tokenizer)), k=9 * i)) for i in range(24)]}
+    for name, other in (("ends early", end), ("a slip", 9)):
+        drafts[name] = [ids[:k] + (other,) + ids[k + 1 :] for ids in drafts["right"]
+                        for k in [rng.randrange(len(ids))]]
+    for name, guesses in drafts.items():
+        drafted = [dataclasses.replace(request, draft=draft)
+                   for request, draft in zip(requests, guesses, strict=True)]
+        assert generator.generate(drafted, temperature) == wanted, name
+
+
+def test_a_right_draft_leaves_nothing_to_decode(tokenizer, prompts, monkeypatch):
+    generator = TorchGenerator.of(load_model("pocket-base", "float64"), tokenizer)
+    requests = [Request(p, 40, (i,)) for i, p in enumerate(prompts)]
+    steps, step = [], LlamaRows.step
+    monkeypatch.setattr(LlamaRows, "step", lambda self, token: steps.append(0) or step(self, token))
+    wanted = generator.generate(requests)
+    assert len(steps) == 39
+    drafted = [dataclasses.replace(request, draft=group[0].ids)
+               for request, group in zip(requests, wanted, strict=True)]
+    assert generator.generate(drafted) == wanted
+    assert len(steps) == 39
+
+
+def test_F24_what_follows_a_wrong_draft_is_nobodys_fault(model, tokenizer, prompts):
+    """A model that gives NaN after one token only: drafted, but not drawn."""
+    class Breaks(LlamaRows):
+        @staticmethod
+        def read(*arguments):
+            read = LlamaRows.read(*arguments)
+            read.logits[:, 5:] = float("nan")
+            return read
+    generator = TorchGenerator.of(model, tokenizer)
+    (wanted,), generator.rows = generator.generate([Request(prompts[0], 9)]), Breaks
+    right, slip = wanted[0].ids, (wanted[0].ids[0] + 1,)
+    for draft in (right[:4], right[:2] + slip + right[3:], slip * 8):
+        assert generator.generate([Request(prompts[0], 9, draft=draft)]) == [wanted]
+    with pytest.raises(FloatingPointError, match="step 5 of request 0, rollout 0"):
+        generator.generate([Request(prompts[0], 9, draft=right)])
 
 
 def test_seeds_decide(generator, prompts):
@@ -153,8 +203,8 @@ def test_F24_nan_logits_stop_with_a_message(tokenizer, prompts, model):
             self.start = self.end
     never = TorchGenerator(model, [len(tokenizer) + 7], tokenizer.pad_token_id)
     never.rows = Breaks
-    requests = [Request(prompts[0], 9), Request(prompts[0], 8, n=2)]  # the shorter ones go first
-    with pytest.raises(FloatingPointError, match="step 2 of request 1, rollout 1"):
+    requests = [Request(prompts[0], 8, n=2), Request(prompts[0], 9)]  # the longer one goes first
+    with pytest.raises(FloatingPointError, match="step 2 of request 0, rollout 0"):
         never.generate(requests)
 
 
@@ -241,8 +291,11 @@ def test_the_forward_of_our_own_is_that_of_the_model(tokenizer, prompts, kind, t
     assert generator.eos_ids.tolist() == [3, 7]
     requests = [Request(p, 25 + i, (i,), n=1 + i % 4) for i, p in enumerate(prompts)]
     ours = generator.generate(requests, temperature)
+    drafted = [dataclasses.replace(r, draft=group[-1].ids)
+               for r, group in zip(requests, ours, strict=True)]
+    assert generator.generate(drafted, temperature) == ours
     generator.rows = AnyRows
-    assert ids(ours) == ids(generator.generate(requests, temperature))
+    assert generator.generate(drafted, temperature) == ours
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt2", "qwen3"])

@@ -9,6 +9,7 @@ import pytest
 from test_cli import run
 
 from roi_lib import methods
+from roi_lib.decoding import LlamaRows
 from roi_lib.evaluation import make_records, run_method
 from roi_lib.exams import Exam, draw_papers, reference_response
 from roi_lib.generation import BudgetedGenerator, within_budget
@@ -126,6 +127,25 @@ def test_workers_change_nothing():
             assert a.sittings == b.sittings
         else:
             assert np.array_equal(a.outcomes.cost, b.outcomes.cost)
+
+
+@pytest.mark.parametrize("name", ["base", "least_to_most", "mft", "mft_greedy_knapsack", "optimal"])
+def test_drafts_change_no_token_and_leave_less_to_decode(name, monkeypatch):
+    decoded, step = [], LlamaRows.step
+    monkeypatch.setattr(LlamaRows, "step",
+                        lambda self, token: decoded.append(len(token)) or step(self, token))
+    papers, results, counts = draw_papers(POCKET, 12), [], []
+    for drafts in (True, False):
+        decoded.clear()
+        setting = Setting(replace(POCKET, drafts=drafts), papers, samples=4)
+        results.append(sit_methods(setting, [name], [24, 64], 1))
+        counts.append(sum(decoded))
+    for with_drafts, without in zip(*results, strict=True):
+        if isinstance(without, Sat):
+            assert with_drafts.sittings == without.sittings
+        else:
+            assert np.array_equal(with_drafts.outcomes.cost, without.outcomes.cost)
+    assert 0 < counts[0] < 0.8 * counts[1]
 
 
 def test_an_error_in_a_worker_comes_back():

@@ -9,10 +9,11 @@ PACKAGE = Path(roi_lib.__file__).parent
 #: Each imports from those before it only (imports inside functions are not looked at).
 ORDER = (
     "files", "worlds", "checkpoints", "osmckp", "problems", "sources", "exams", "manifests",
-    "grading", "exam_statistics", "generation", "engines", "runlog", "sitting", "training",
-    "tokenizer", "mft", "rarl", "rarl_loop", "rarl_trl", "diagnosis", "rational", "methods",
-    "evaluation", "rollouts", "sweeps", "pretrain", "rarl_run", "ablations", "moments", "plots",
-    "bench_osmckp", "bench_generation", "bench_rarl", "exercises", "doctor", "__main__")
+    "grading", "exam_statistics", "decoding", "generation", "engines", "runlog", "sitting",
+    "training", "tokenizer", "mft", "rarl", "rarl_loop", "rarl_trl", "diagnosis", "rational",
+    "methods", "evaluation", "rollouts", "sweeps", "pretrain", "rarl_run", "ablations",
+    "moments", "plots", "bench_osmckp", "bench_generation", "bench_rarl", "exercises", "doctor",
+    "__main__")
 
 
 def imported(path):
