@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -270,11 +271,14 @@ def parse_response(world: World, tokenizer, ids: Sequence[int], n: int) -> Respo
     if n == 1 and not headers:
         return Response((read_segment(world, len(ids), text),), 0, len(ids), 0)
 
+    @cache
+    def end_of(k: int) -> int:
+        """Where in the text token `k` ends."""
+        return len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+
     def token_at(position: int) -> int:
         """Index of the token that holds the character at `position`."""
-        def ends_after(k: int) -> bool:
-            return len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) > position
-        return bisect.bisect_left(range(len(ids)), True, key=ends_after)
+        return bisect.bisect_right(range(len(ids)), position, key=end_of)
 
     numbers = [int(header[1]) for header in headers]
     places = [header.start() for header in headers] + [len(text)]

@@ -103,6 +103,7 @@ class Setting:
         tokenizer: instead of the checkpoint's.
         choice: which engine answers (a method of reference solutions needs none).
         samples: attempts a problem by which the rational method goes.
+        orders: in which the papers are sat; records and rollouts are made of all of them.
     """
 
     world: World
@@ -113,6 +114,7 @@ class Setting:
     tokenizer: str | None = None
     choice: EngineChoice = EngineChoice()
     samples: int = SAMPLES
+    orders: tuple[str, ...] = ORDERS
 
     def exams(self, order: str) -> list[Exam]:
         """The papers in one order."""
@@ -181,7 +183,7 @@ class Rational:
 
 
 def sit_method(setting: Setting, name: str, budgets: Sequence[int]) -> list[Sat | Rational]:
-    """Let one method sit all papers in every order under every budget.
+    """Let one method sit all papers in the setting's orders under every budget.
 
     The rational method gives two results a budget, without and with tags.
 
@@ -198,7 +200,7 @@ def sit_method(setting: Setting, name: str, budgets: Sequence[int]) -> list[Sat 
     for budget in budgets:
         check_budget(world, tokenizer, budget)
     if method.checkpoint is None:
-        exams = [exam for order in ORDERS for exam in setting.exams(order)]
+        exams = [exam for order in setting.orders for exam in setting.exams(order)]
         engine = reference_generator(world, tokenizer, exams, budgets, method.style)
         return [Sat(name, budget, *sit_whole(setting, method, tokenizer, engine, budget))
                 for budget in budgets]
@@ -240,18 +242,13 @@ def sit_methods(
         workers = default_workers(setting, checkpoints)
     if workers == 1:
         return [result for name in names for result in sit_method(setting, name, budgets)]
-    jobs = []
-    for name in names:
-        way = setting.world.method(name).way
-        # What was written under one budget is the draft of the next: only where there is nobody
-        # else to keep a worker busy, budgets part.
-        apart = way == "knapsack" or way == "whole" and len(names) < workers
-        jobs += [(name, (b,)) for b in budgets] if apart else [(name, tuple(budgets))]
-    longest_first = sorted(jobs, key=lambda job: -sum(job[1]))
+    jobs = [(name, *part) for name in names for part in shares(setting, name, budgets)]
+    longest_first = sorted(jobs, key=lambda job: -sum(job[1]) * len(job[2]))
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
                              (threads,)) as pool:
-        running = {job: pool.submit(sit_method, setting, *job) for job in longest_first}
+        running = {job: pool.submit(sit_method, replace(setting, orders=job[2]), *job[:2])
+                   for job in longest_first}
         wait(running.values(), return_when=FIRST_EXCEPTION)
         begun = [future for future in running.values() if not future.cancel()]
         for error in filter(None, (future.exception() for future in begun)):
@@ -259,7 +256,27 @@ def sit_methods(
                 raise ChildProcessError("a worker process was ended from outside, perhaps for lack "
                                         "of memory; try --workers 1") from error
             raise error
-        return [result for job in jobs for result in running[job].result()]
+        results: dict[tuple[str, int], Sat | Rational] = {}
+        for result in (result for job in jobs for result in running[job].result()):
+            key = result.method, result.budget
+            if key in results:
+                result = replace(result, sittings=results[key].sittings | result.sittings)
+            results[key] = result
+    return [*results.values()]
+
+
+def shares(setting: Setting, name: str, budgets: Sequence[int]) -> list[tuple]:
+    """How several processes share a method: budgets and orders of each.
+
+    Orders part, so that what was written under one budget can be the draft of the next; but a log
+    is written by one process only, and Greedy Knapsack predicts once for all orders.
+    """
+    way, all_budgets, orders = setting.world.method(name).way, tuple(budgets), setting.orders
+    if way == "rational":
+        return [(all_budgets, orders)]
+    if way == "whole" and setting.choice.name == "torch" and not setting.choice.log:
+        return [(all_budgets, (order,)) for order in orders]
+    return [((budget,), orders) for budget in budgets]
 
 
 def default_workers(setting: Setting, checkpoints: Sequence[str | None]) -> int:
@@ -285,7 +302,7 @@ def sit_whole(
     asks for tags.
     """
     world, sittings = setting.world, {}
-    for order in ORDERS:
+    for order in setting.orders:
         exams, drafts = setting.exams(order), ()
         if world.drafts and earlier:
             drafts = [s.ids for s in earlier[-1].sittings[order]]
@@ -302,12 +319,12 @@ def rational(
     """Attempts under the largest budget, then the exact solution, without and with tags."""
     outcomes = sample_outcomes(setting.world, tokenizer, generator, setting.papers, max(budgets),
                                setting.samples, setting.temperature, setting.seed)
-    places = {order: setting.places(order) for order in ORDERS}
+    places = {order: setting.places(order) for order in setting.orders}
     results = []
     for tagged in (False, True):
         bounds = rational_bounds(outcomes.tagged() if tagged else outcomes, places, budgets)
         results += [Rational(name + "_tagged" * tagged, budget, tagged,
-                             {order: bounds[budget, order] for order in ORDERS}, outcomes)
+                             {order: bounds[budget, order] for order in places}, outcomes)
                     for budget in budgets]
     return results
 
@@ -389,7 +406,7 @@ def sit_knapsack(
     charges = [p.tokens * method.charged for p in predictions]
     least = smallest_budget(world, tokenizer)
     sittings = {}
-    for order in ORDERS:
+    for order in setting.orders:
         exams = setting.exams(order)
         chosen = [choose(world, exam, prediction, budget - charge)
                   for exam, prediction, charge in zip(exams, predictions, charges, strict=True)]
