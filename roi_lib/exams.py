@@ -181,15 +181,17 @@ def encode_prompt(tokenizer, message: str) -> list[int]:
     The template is encoded with its control tokens, the message without: a statement that holds
     `<|im_end|>` stays plain text (FAULTS F14).
     """
+    return encode_prompts(tokenizer, [message])[0]
+
+
+def encode_prompts(tokenizer, messages: Sequence[str]) -> list[list[int]]:
+    """The same for many messages at once, which takes a fraction of the time."""
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
     )
-    before, after = chat.split(_SENTINEL)
-
-    def encode(text: str, **options) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, **options).input_ids
-
-    return encode(before) + encode(message, split_special_tokens=True) + encode(after)
+    before, after = tokenizer(chat.split(_SENTINEL), add_special_tokens=False).input_ids
+    encoded = tokenizer(list(messages), add_special_tokens=False, split_special_tokens=True)
+    return [before + ids + after for ids in encoded.input_ids]
 
 
 @dataclass(frozen=True)

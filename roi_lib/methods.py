@@ -27,7 +27,7 @@ from roi_lib.exams import (
     Exam,
     Response,
     Segment,
-    encode_prompt,
+    encode_prompts,
     exam_prompt,
     in_orders,
     parse_response,
@@ -350,13 +350,14 @@ def predict_levels(
 ) -> list[Prediction]:
     """One paper after another: each problem alone, its prompt with the exam's budget, decoded no
     further than a header with its tag."""
-    world, requests = setting.world, []
+    world, messages, seeds = setting.world, [], []
     end = smallest_budget(world, tokenizer)
     for i, paper in enumerate(setting.papers):
         for j, problem in enumerate(paper):
-            message = exam_prompt(world, Exam((problem,), "easy"), budget, method.style)
-            requests.append(Request(tuple(encode_prompt(tokenizer, message)), end,
-                                    (setting.seed, i, j), message=message))
+            messages.append(exam_prompt(world, Exam((problem,), "easy"), budget, method.style))
+            seeds.append((setting.seed, i, j))
+    requests = [Request(tuple(prompt), end, seed, message=message) for prompt, seed, message in zip(
+        encode_prompts(tokenizer, messages), seeds, messages, strict=True)]
     rollouts = iter(generator.generate(requests, setting.temperature))
     predictions = []
     for paper in setting.papers:
@@ -414,15 +415,15 @@ def sit_knapsack(
         for charge in sorted(set(charges)):  # one, unless a prediction ended before its tag
             rows = [i for i, c in enumerate(charges)
                     if c == charge and chosen[i] and budget - c >= least]
+            if not rows:
+                continue
             parts = [Exam(tuple(exams[i].problems[n] for n in chosen[i]), order) for i in rows]
             levels = [[predictions[i].levels[p.id] for p in part.problems]
                       for i, part in zip(rows, parts, strict=True)]
             drafts = (reference_ids(world, tokenizer, parts, method.style, levels)
                       if world.drafts else ())
-            if rows:
-                sat |= zip(rows, sit(world, tokenizer, generator, parts, budget - charge,
-                                     method.style, setting.temperature, setting.seed, drafts),
-                           strict=True)
+            sat |= zip(rows, sit(world, tokenizer, generator, parts, budget - charge, method.style,
+                                 setting.temperature, setting.seed, drafts), strict=True)
         sittings[order] = [spread(exam, budget, chosen[i], sat.get(i), predictions[i], charges[i])
                            for i, exam in enumerate(exams)]
     problems = len(predictions) * len(predictions[0].levels)

@@ -13,7 +13,7 @@ import numpy as np
 from roi_lib.exams import (
     Exam,
     Response,
-    encode_prompt,
+    encode_prompts,
     exam_prompt,
     parse_response,
     reference_response,
@@ -90,7 +90,8 @@ def sit(
         raise ValueError("there are no exams to sit")
     check_budget(world, tokenizer, budget)
     messages = [exam_prompt(world, exam, budget, style) for exam in exams]
-    prompts = {m: tuple(encode_prompt(tokenizer, m)) for m in dict.fromkeys(messages)}
+    unique = list(dict.fromkeys(messages))
+    prompts = dict(zip(unique, map(tuple, encode_prompts(tokenizer, unique)), strict=True))
     requests = [Request(prompts[m], budget, (seed, i), message=m, draft=tuple(draft))
                 for i, (m, draft) in enumerate(zip_longest(messages, drafts, fillvalue=()))]
     rollouts = [rollout for (rollout,) in generator.generate(requests, temperature)]
@@ -151,8 +152,8 @@ def reference_ids(
     """
     words = [reference_response(world, exam.problems, style, levels=tags)
              for exam, tags in zip_longest(exams, levels, fillvalue=())]
-    return [tuple(tokenizer(w, add_special_tokens=False, split_special_tokens=True).input_ids)
-            for w in words]
+    encoded = tokenizer(words, add_special_tokens=False, split_special_tokens=True)
+    return [tuple(ids) for ids in encoded.input_ids]
 
 
 def reference_generator(
@@ -161,7 +162,7 @@ def reference_generator(
     """A generator that writes out the reference solutions of these exams under these budgets."""
     responses = {}
     for exam, ids in zip(exams, reference_ids(world, tokenizer, exams, style), strict=True):
-        for budget in budgets:
-            prompt = encode_prompt(tokenizer, exam_prompt(world, exam, budget, style))
+        messages = [exam_prompt(world, exam, budget, style) for budget in budgets]
+        for prompt in encode_prompts(tokenizer, messages):
             responses[tuple(prompt)] = ids
     return ReplayGenerator(responses, tokenizer.eos_token_id)
