@@ -174,14 +174,15 @@ class Batch:
 class TorchGenerator(BudgetedGenerator):
     """Batched, cached decoding with any causal language model, on its own device.
 
-    Rows decode in lock step; each distinct prompt is prefilled once, and finished rows leave the
-    batch. Sampling inverts the cumulative distribution at one uniform number a token, taken from
-    the row's own stream.
+    Rows decode in lock step; each distinct prompt is prefilled once, together with the request's
+    draft, and finished rows leave the batch. Sampling inverts the cumulative distribution at one
+    uniform number a token, taken from the row's own stream: speculative sampling (Leviathan et
+    al. 2023), in which draft and model share their random numbers, so that no token changes.
 
     Args:
         model: a causal language model of transformers, in eval mode.
         eos_ids: token ids that end a response (a model may have several).
-        pad_id: id used to fill up prompts on the left; it is masked, never charged.
+        pad_id: id that fills up prompts and drafts of one batch; never charged.
         max_rows: rows decoded at a time (memory grows with it).
 
     Raises:
