@@ -83,9 +83,9 @@ def sample_outcomes(
     An attempt that the budget cuts costs the whole budget. All papers have the same number of
     problems.
     """
-    exams = [Exam((problem,), "easy") for paper in papers for problem in paper
-             for _ in range(samples)]
-    drafts = reference_ids(world, tokenizer, exams, "direct") if world.drafts else ()
+    alone = [Exam((problem,), "easy") for paper in papers for problem in paper]
+    drafts = reference_ids(world, tokenizer, alone, "direct") if world.drafts else ()
+    exams, drafts = ([x for x in each for _ in range(samples)] for each in (alone, drafts))
     sittings = sit(world, tokenizer, generator, exams, budget, temperature=temperature,
                    seed=seed + SEED_SHIFT, drafts=drafts)
     shape = (len(papers), len(papers[0]), samples)
