@@ -50,8 +50,8 @@ class Read:
 
     Attributes:
         logits: after the prompt and after each token of the draft, [texts, draft + 1, vocabulary].
-        draft: token ids, [texts, draft]; shorter ones are padded with a token that counts like
-            any other, for it is a guess like any other.
+        draft: token ids, [texts, draft]; shorter ones are padded with a token that was read, too,
+            and so is a guess like any other, then with -1.
         prompts: where the prompts lie; the drafts follow there.
     """
 
@@ -145,8 +145,8 @@ class AnyRows:
 
     #: Tokens to be read at a time: all.
     TOKENS_AT_ONCE = sys.maxsize
-    #: Whether drafts are used: not every cache can be cut where a draft goes wrong.
-    DRAFTS = False
+    #: Whether prefixes may be of many caches and end anywhere, as they do where drafts go wrong.
+    JOINS = False
 
     @staticmethod
     def read(model, texts: Sequence[Text], pad_id: int) -> Read:
@@ -277,7 +277,7 @@ class LlamaRows:
     ARCHITECTURES = ("llama", "qwen2")
     #: Tokens to be read at a time: few enough for a processor's caches.
     TOKENS_AT_ONCE = 2_048
-    DRAFTS = True
+    JOINS = True
     #: Seats are at most this many times the rows.
     SEATS_PER_ROW = 1.125
     #: Tokens by which the room for responses grows.
@@ -294,11 +294,12 @@ class LlamaRows:
         """See `AnyRows.read`; here padded on the right, where causal attention never looks."""
         drafted = max(len(draft) for _, draft in texts)
         ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(prompt + draft + (pad_id,) * (drafted - len(draft)))
-             for prompt, draft in texts], batch_first=True, padding_value=pad_id).to(model.device)
+            [torch.tensor(prompt + draft) for prompt, draft in texts], batch_first=True,
+            padding_value=pad_id).to(model.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         prompt = torch.tensor([len(prompt) for prompt, _ in texts], device=ids.device)[:, None]
         wanted = prompt - 1 + torch.arange(drafted + 1, device=ids.device)
+        beyond, wanted = wanted >= ids.shape[1], wanted.clamp(max=ids.shape[1] - 1)
         cache = []
 
         def attend(_, query, key, value):
@@ -309,7 +310,7 @@ class LlamaRows:
             return mixed.transpose(1, 2)
 
         logits = forward(model, ids, position, attend, wanted)
-        return Read(logits, ids.gather(1, wanted[:, :-1] + 1),
+        return Read(logits, ids.gather(1, wanted[:, 1:]).masked_fill_(beyond[:, 1:], -1),
                     [Prefix(cache, i, 0, len(prompt)) for i, (prompt, _) in enumerate(texts)])
 
     def __init__(self, model, prefixes: Sequence[Prefix], source: torch.Tensor, longest: int,
@@ -351,6 +352,13 @@ class LlamaRows:
             hidden = target.shape[2] - (p.stop - p.start)
             target[:, desk, :hidden] = 0
             target[:, desk, hidden:] = p.cache[layer][i][p.text, :, p.start : p.stop]
+
+    @staticmethod
+    def copy(prefix: Prefix) -> Prefix:
+        """The same with memory of its own, so that what was read together can be forgotten."""
+        cache = [tuple(tensor[prefix.text, None, :, prefix.start : prefix.stop].clone()
+                       for tensor in layer) for layer in prefix.cache]
+        return Prefix(cache, 0, 0, prefix.stop - prefix.start)
 
     def _seat(self, source: torch.Tensor) -> None:
         """Seat rows of these prefixes: the prefix of each desk, the row of each seat, the seat of
@@ -438,10 +446,13 @@ class LlamaRows:
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
-        seat = self.seat[kept]  # where they sit until now
+        seat, hidden = self.seat[kept], 0  # where they sit until now
         if self.prompts is None:
-            self.bias = None if self.bias is None else self.bias[seat]
             self.row = self.seat = torch.arange(len(kept), device=kept.device)
+            hidden = self.filled - int(self.position[seat].max())  # in each of them
+            self.width, self.filled = self.width - hidden, self.filled - hidden
+            self.longest -= hidden
+            self.bias = None if self.bias is None else self.bias[seat, :, hidden:]
         else:
             desk = {prompt: i for i, prompt in enumerate(self.desks)}
             self._seat(self.source[kept])
@@ -450,8 +461,8 @@ class LlamaRows:
             self.bias = None if self.bias is None else self.bias[desk]
             seat = seat[self.row]
         self.position = self.position[seat]
-        self._remake(len(seat), self.own[0][0].shape[2],
-                     lambda new, old, _: torch.index_select(old, 1, seat, out=new))
+        self._remake(len(seat), self.own[0][0].shape[2] - hidden, lambda new, old, _:
+                     torch.index_select(old[:, :, hidden:], 1, seat, out=new))
         if self.prompts is not None:
             self._part()
 

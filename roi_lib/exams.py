@@ -6,7 +6,6 @@ seeded shuffle that is neither). A response is cut into one `Segment` a problem,
 tokens, with those of the preamble before the first header, add up to the whole response.
 """
 
-import bisect
 import random
 import re
 from collections.abc import Sequence
@@ -276,11 +275,16 @@ def parse_response(world: World, tokenizer, ids: Sequence[int], n: int) -> Respo
     @cache
     def end_of(k: int) -> int:
         """Where in the text token `k` ends."""
-        return len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+        return len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) if k >= 0 else 0
 
     def token_at(position: int) -> int:
-        """Index of the token that holds the character at `position`."""
-        return bisect.bisect_right(range(len(ids)), position, key=end_of)
+        """Index of the token that holds the character at `position`, by interpolation."""
+        low, high = -1, len(ids) - 1  # it is above the first of these, and not above the second
+        while high - low > 1:
+            share = (position - end_of(low)) / (end_of(high) - end_of(low))
+            k = min(max(low + round(share * (high - low)), low + 1), high - 1)
+            low, high = (k, high) if end_of(k) <= position else (low, k)
+        return high
 
     numbers = [int(header[1]) for header in headers]
     places = [header.start() for header in headers] + [len(text)]

@@ -7,14 +7,17 @@ any other. Here are `TorchGenerator` (any causal language model of transformers)
 OpenAI-compatible servers behind the same interface.
 """
 
+import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from roi_lib.decoding import AnyRows, LlamaRows, Memory, Text, choose
+from roi_lib.decoding import AnyRows, LlamaRows, Memory, Prefix, Text, choose
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Batch:
     """Responses on their way, a row each: tokens are drawn, written and counted here.
 
     Args:
-        rows: request and number of the rollout.
-        names: what error messages call them.
+        requests: what the rows answer.
+        rows: request and number of the rollout of each.
         eos_ids: token ids that end a response.
 
     Attributes:
@@ -116,18 +119,21 @@ class Batch:
         going: whether it goes on, [rows].
     """
 
-    def __init__(self, rows: Sequence[tuple[Request, int]], names: Sequence[tuple[int, int]],
+    def __init__(self, requests: Sequence[Request], rows: Sequence[tuple[int, int]],
                  eos_ids: torch.Tensor) -> None:
         device = eos_ids.device
-        self.requests, self.names, self.eos_ids = [r for r, _ in rows], names, eos_ids
-        self.budget = torch.tensor([r.budget for r in self.requests], device=device)
-        longest = int(self.budget.max())
-        self.uniforms = torch.tensor(np.stack(
-            [np.random.default_rng([*r.seed, k]).random(longest) for r, k in rows]), device=device)
+        self.requests, self.rows, self.eos_ids = requests, rows, eos_ids
+        self.budget = torch.tensor([requests[i].budget for i, _ in rows], device=device)
+        longest = max((r.budget for r in requests), default=0)
+        self.uniforms = torch.empty((len(rows), longest), dtype=torch.double)
+        for row, (i, k) in enumerate(rows):
+            np.random.default_rng([*requests[i].seed, k]).random(out=self.uniforms[row].numpy())
+        self.uniforms = self.uniforms.to(device)
         self.ids = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
         self.length = torch.zeros(len(rows), dtype=torch.long, device=device)
         self.finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
         self.going = torch.ones(len(rows), dtype=torch.bool, device=device)
+        self.done: dict[int, dict[int, Rollout]] = {}
 
     def last(self, rows: torch.Tensor) -> torch.Tensor:
         """The last token of these rows."""
@@ -157,7 +163,7 @@ class Batch:
         broken = counts & ~torch.isfinite(logits).all(-1)
         if broken.any():
             row, step = (int(x[broken][0]) for x in (rows[:, None].expand_as(place), place))
-            i, k = self.names[row]
+            i, k = self.rows[row]
             raise FloatingPointError("the model gave NaN or infinite logits at decoding step "
                                      f"{step} of request {i}, rollout {k} (all from 0)")
         self.ids[rows[:, None].expand_as(place)[counts], place[counts]] = token[counts]
@@ -165,25 +171,33 @@ class Batch:
         self.finished[rows] |= (counts & ends).any(1)
         self.going[rows] = ~self.finished[rows] & (self.length[rows] < self.budget[rows])
 
-    def rollouts(self) -> list[Rollout]:
-        """One a row."""
-        return [Rollout(tuple(ids[:length]), finished) for ids, length, finished in zip(
-            self.ids.tolist(), self.length.tolist(), self.finished.tolist(), strict=True)]
+    def complete(self, rows: torch.Tensor) -> Iterator[tuple[int, list[Rollout]]]:
+        """The requests that are complete now that these rows have ended."""
+        for row, ids, length, finished in zip(
+                rows.tolist(), self.ids[rows].tolist(), self.length[rows].tolist(),
+                self.finished[rows].tolist(), strict=True):
+            i, k = self.rows[row]
+            rollouts = self.done.setdefault(i, {})
+            rollouts[k] = Rollout(tuple(ids[:length]), finished)
+            if len(rollouts) == self.requests[i].n:
+                del self.done[i]
+                yield i, [rollouts[k] for k in range(len(rollouts))]
 
 
 class TorchGenerator(BudgetedGenerator):
     """Batched, cached decoding with any causal language model, on its own device.
 
-    Rows decode in lock step; each distinct prompt is prefilled once, together with the request's
-    draft, and finished rows leave the batch. Sampling inverts the cumulative distribution at one
-    uniform number a token, taken from the row's own stream: speculative sampling (Leviathan et
-    al. 2023), in which draft and model share their random numbers, so that no token changes.
+    Each distinct prompt is prefilled once, together with the request's draft. Rows that are not
+    finished by that are collected and decode in lock step; finished rows leave the batch. Sampling
+    inverts the cumulative distribution at one uniform number a token, taken from the row's own
+    stream: speculative sampling (Leviathan et al. 2023), in which draft and model share their
+    random numbers, so that no token changes.
 
     Args:
         model: a causal language model of transformers, in eval mode.
         eos_ids: token ids that end a response (a model may have several).
         pad_id: id that fills up prompts and drafts of one batch; never charged.
-        max_rows: rows decoded at a time (memory grows with it).
+        max_rows: rows decoded at a time (memory grows with it; with drafts, as many again wait).
 
     Raises:
         ValueError: no end-of-sequence id.
@@ -220,87 +234,102 @@ class TorchGenerator(BudgetedGenerator):
         if temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, not {temperature}")
         # Rows of like length together: less padding. The longest first: they need most memory.
-        rows = [(i, k) for i, request in enumerate(requests) for k in range(request.n)]
-        lengths = [sum(map(len, self._text(request))) for request in requests]
-        rows.sort(key=lambda row: (requests[row[0]].budget, lengths[row[0]]), reverse=True)
-        done: dict[int, dict[int, Rollout]] = {}
-        memory = Memory()
-        for start in range(0, len(rows), self.max_rows):
-            chunk = rows[start : start + self.max_rows]
-            batch = Batch([(requests[i], k) for i, k in chunk], chunk, self.eos_ids)
-            self._decode(batch, temperature, memory)
-            for (i, k), rollout in zip(chunk, batch.rollouts(), strict=True):
-                done.setdefault(i, {})[k] = rollout
-                if len(done[i]) == requests[i].n:
-                    yield i, [done[i][k] for k in range(requests[i].n)]
-                    del done[i]
+        texts = [self._text(request) for request in requests]
+        by_length = sorted(range(len(requests)), reverse=True,
+                           key=lambda i: (requests[i].budget, sum(map(len, texts[i]))))
+        batch = Batch(requests, [(i, k) for i in by_length for k in range(requests[i].n)],
+                      self.eos_ids)
+        parts, memory = deque(self._parts([texts[i] for i, _ in batch.rows])), Memory()
+        while parts:
+            begun: list[tuple[int, Prefix]] = []
+            while parts and self._fits(len(begun), parts[0]):
+                rows, prefixes = self._read(batch, parts.popleft(), temperature)
+                going = batch.going[rows]
+                begun += zip(rows[going].tolist(), prefixes, strict=True)
+                yield from batch.complete(rows[~going])
+            # Rows that have come equally far together: a step costs what the longest one costs.
+            begun.sort(key=lambda row: row[1].stop - row[1].start)
+            n_chunks = math.ceil(len(begun) / self.max_rows)
+            for first, last in pairwise(np.linspace(0, len(begun), n_chunks + 1).astype(int)):
+                rows = self._decode(batch, begun[first:last], temperature, memory)
+                yield from batch.complete(rows)
 
     def start(
-        self, prompts: Sequence[tuple[int, ...]], source: torch.Tensor, longest: int
+        self, prompt: tuple[int, ...], rows: int, longest: int
     ) -> tuple[torch.Tensor, AnyRows | LlamaRows]:
-        """Read distinct prompts, and get rows of them ready to decode.
+        """Read a prompt, and get rows of it ready to decode.
 
         Args:
-            prompts: token ids.
-            source: the prompt of each row.
+            prompt: token ids.
             longest: response tokens to make room for.
 
         Returns:
-            The rows' logits after their prompts, [rows, vocabulary], and the rows, whose
+            The rows' logits after their prompt, [rows, vocabulary], and the rows, whose
             `step` takes a token each and gives the logits that follow.
         """
-        read = [self.rows.read(self.model, part, self.pad_id)
-                for part in self._parts([(prompt, ()) for prompt in prompts])]
-        logits = torch.cat([r.logits[:, 0] for r in read])[source]
-        return logits, self.rows(self.model, sum((r.prompts for r in read), []), source, longest,
-                                 Memory())
+        read = self.rows.read(self.model, [(prompt, ())], self.pad_id)
+        source = torch.zeros(rows, dtype=torch.long, device=read.logits.device)
+        return read.logits[source, 0], self.rows(self.model, read.prompts, source, longest,
+                                                 Memory())
 
     def _text(self, request: Request) -> Text:
         """What is read of a request before it is decoded."""
-        return request.prompt, request.draft[: request.budget - 1] if self.rows.DRAFTS else ()
+        return request.prompt, request.draft[: request.budget - 1] if self.rows.JOINS else ()
 
-    def _parts(self, texts: Sequence[Text]) -> list[Sequence[Text]]:
-        """Texts, as many as are read at a time."""
-        at_once = max(1, self.rows.TOKENS_AT_ONCE // max(len(p) + len(d) for p, d in texts))
-        return [texts[i : i + at_once] for i in range(0, len(texts), at_once)]
+    def _parts(self, texts: Sequence[Text]) -> Iterator[dict[Text, list[int]]]:
+        """Rows by their texts, as many as are read at a time."""
+        part: dict[Text, list[int]] = {}
+        width = 0
+        for row, text in enumerate(texts):
+            width = max(width, sum(map(len, text)))
+            crowded = text not in part and width * (len(part) + 1) > self.rows.TOKENS_AT_ONCE
+            if part and (crowded or row % self.max_rows == 0):
+                yield part
+                part, width = {}, sum(map(len, text))
+            part.setdefault(text, []).append(row)
+        if part:
+            yield part
 
-    def _begin(self, batch: Batch, temperature: float, memory: Memory):
+    def _fits(self, n_begun: int, part: Mapping[Text, Sequence[int]]) -> bool:
+        """Whether this part may be read before the rows that have begun are decoded.
+
+        Drafts leave rows at very different tokens: from more of them, more even batches are made.
+        """
+        most = self.max_rows * (2 if any(draft for _, draft in part) else 1)
+        n_rows = n_begun + sum(map(len, part.values()))
+        return not n_begun or (self.rows.JOINS and n_rows <= most)
+
+    def _read(
+        self, batch: Batch, part: Mapping[Text, Sequence[int]], temperature: float
+    ) -> tuple[torch.Tensor, list[Prefix]]:
         """Read prompts and drafts, and draw what can be drawn from that.
 
         Returns:
-            The rows of the batch that go on, and the same ready to decode (None without any).
+            The rows, and for those of them that go on what they have read.
         """
-        rows_of: dict[Text, list[int]] = {}
-        for row, request in enumerate(batch.requests):
-            rows_of.setdefault(self._text(request), []).append(row)
-        alive, source, prefixes = [], [], []
-        for part in self._parts(list(rows_of)):
-            read = self.rows.read(self.model, part, self.pad_id)
-            pairs = [(row, text) for text, key in enumerate(part) for row in rows_of[key]]
-            rows, texts = torch.tensor(pairs, device=read.draft.device).T
-            batch.draw(rows, read.logits[texts], read.draft[texts], temperature)
-            place: dict[tuple[int, int], int] = {}  # rows that leave a draft at one token share it
-            for (row, text), going, length in zip(pairs, batch.going[rows].tolist(),
-                                                  batch.length[rows].tolist(), strict=True):
-                if not going:
-                    continue
-                if (text, length) not in place:
-                    place[text, length] = len(prefixes)
-                    prompt = read.prompts[text]  # the last token drawn was not read
-                    prefixes.append(replace(prompt, stop=prompt.stop + length - 1))
-                alive.append(row)
-                source.append(place[text, length])
-        alive, source = (torch.tensor(x, dtype=torch.long, device=batch.ids.device)
-                         for x in (alive, source))
-        if not prefixes:
-            return alive, None
-        longest = int((batch.budget - batch.length)[alive].max())
-        return alive, self.rows(self.model, prefixes, source, longest, memory)
+        read = self.rows.read(self.model, list(part), self.pad_id)
+        pairs = [(row, text) for text, rows in enumerate(part.values()) for row in rows]
+        rows, texts = torch.tensor(pairs, device=read.draft.device).T
+        batch.draw(rows, read.logits[texts], read.draft[texts], temperature)
+        going = batch.going[rows]
+        left = list(zip(texts[going].tolist(), batch.length[rows[going]].tolist(), strict=True))
+        prefixes = {}  # rows that leave a draft at one token share it; that token was not read
+        for text, length in left:
+            prompt = read.prompts[text]
+            prefixes[text, length] = replace(prompt, stop=prompt.stop + length - 1)
+        if 2 * len(prefixes) < len(part) and self.rows.JOINS:  # few need not keep memory of all
+            prefixes = {key: self.rows.copy(prefix) for key, prefix in prefixes.items()}
+        return rows, [prefixes[key] for key in left]
 
-    def _decode(self, batch: Batch, temperature: float, memory: Memory) -> None:
-        """Decode one batch to the end."""
-        alive, decoding = self._begin(batch, temperature, memory)
-        while batch.going.any():
+    def _decode(self, batch: Batch, begun: Sequence[tuple[int, Prefix]], temperature: float,
+                memory: Memory) -> torch.Tensor:
+        """Decode rows that have read their prefixes to the end, and return them."""
+        place = {prefix: n for n, prefix in enumerate(dict.fromkeys(p for _, p in begun))}
+        rows, source = torch.tensor([(row, place[prefix]) for row, prefix in begun],
+                                    device=batch.ids.device).T
+        longest = int((batch.budget - batch.length)[rows].max())
+        decoding, alive = self.rows(self.model, list(place), source, longest, memory), rows
+        while batch.going[alive].any():
             n_going = int(batch.going[alive].sum())
             if n_going <= (1 - self.DROP_SHARE) * len(alive):
                 kept = batch.going[alive].nonzero()[:, 0]
@@ -308,8 +337,8 @@ class TorchGenerator(BudgetedGenerator):
                 decoding.keep(kept)
             logits = decoding.step(batch.last(alive))
             batch.draw(alive, logits[:, None], batch.ids[alive, :0], temperature)
-        if decoding:
-            decoding.close()
+        decoding.close()
+        return rows
 
 
 class ReplayGenerator(BudgetedGenerator):

@@ -40,8 +40,8 @@ from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
 from roi_lib.sitting import (
     Sitting,
     check_budget,
+    reference_drafts,
     reference_generator,
-    reference_ids,
     sit,
     smallest_budget,
 )
@@ -299,15 +299,15 @@ def sit_whole(
 
     Where the world has drafts, they are what the model wrote under the `earlier`, larger budget
     with the same random numbers. Before there is any: the reference solutions, unless the style
-    asks for tags.
+    asks for tags, which are hard to guess.
     """
     world, sittings = setting.world, {}
     for order in setting.orders:
         exams, drafts = setting.exams(order), ()
         if world.drafts and earlier:
             drafts = [s.ids for s in earlier[-1].sittings[order]]
-        elif world.drafts and not method.tagged:
-            drafts = reference_ids(world, tokenizer, exams, method.style)
+        elif not method.tagged:
+            drafts = reference_drafts(world, tokenizer, exams, method.style)
         sittings[order] = sit(world, tokenizer, generator, exams, budget, method.style,
                               setting.temperature, setting.seed, drafts)
     return sittings, {}
@@ -350,14 +350,15 @@ def predict_levels(
 ) -> list[Prediction]:
     """One paper after another: each problem alone, its prompt with the exam's budget, decoded no
     further than a header with its tag."""
-    world, messages, seeds = setting.world, [], []
-    end = smallest_budget(world, tokenizer)
-    for i, paper in enumerate(setting.papers):
-        for j, problem in enumerate(paper):
-            messages.append(exam_prompt(world, Exam((problem,), "easy"), budget, method.style))
-            seeds.append((setting.seed, i, j))
-    requests = [Request(tuple(prompt), end, seed, message=message) for prompt, seed, message in zip(
-        encode_prompts(tokenizer, messages), seeds, messages, strict=True)]
+    world, end = setting.world, smallest_budget(setting.world, tokenizer)
+    alone = [Exam((problem,), "easy") for paper in setting.papers for problem in paper]
+    seeds = [(setting.seed, i, j) for i, paper in enumerate(setting.papers)
+             for j, _ in enumerate(paper)]
+    messages = [exam_prompt(world, exam, budget, method.style) for exam in alone]
+    requests = [Request(tuple(prompt), end, seed, message=message, draft=draft)
+                for prompt, seed, message, draft in zip(
+                    encode_prompts(tokenizer, messages), seeds, messages,
+                    reference_drafts(world, tokenizer, alone, method.style), strict=True)]
     rollouts = iter(generator.generate(requests, setting.temperature))
     predictions = []
     for paper in setting.papers:
@@ -420,8 +421,7 @@ def sit_knapsack(
             parts = [Exam(tuple(exams[i].problems[n] for n in chosen[i]), order) for i in rows]
             levels = [[predictions[i].levels[p.id] for p in part.problems]
                       for i, part in zip(rows, parts, strict=True)]
-            drafts = (reference_ids(world, tokenizer, parts, method.style, levels)
-                      if world.drafts else ())
+            drafts = reference_drafts(world, tokenizer, parts, method.style, levels)
             sat |= zip(rows, sit(world, tokenizer, generator, parts, budget - charge, method.style,
                                  setting.temperature, setting.seed, drafts), strict=True)
         sittings[order] = [spread(exam, budget, chosen[i], sat.get(i), predictions[i], charges[i])

@@ -33,6 +33,7 @@ Problem" (adaptivity); Krengel, Sucheston, "Semiamarts and finite values" (the p
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,6 +196,7 @@ def _action_from_dict(entry, where):
         raise ValueError(f"{where}, {what}") from None
 
 
+@cache
 def memory_limit():
     """Half of this machine's (or container's) memory in bytes; 4 GiB where it cannot be read."""
     limits = []

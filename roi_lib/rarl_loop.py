@@ -112,8 +112,7 @@ def logprob_gap(
                           model.device)
     ours, _ = completion_logprobs(
         model, torch.tensor(group.prompt, device=model.device), ids, temperature)
-    source = torch.zeros(len(ids), dtype=torch.long, device=model.device)
-    logits, decoding = generator.start([group.prompt], source, ids.shape[1])
+    logits, decoding = generator.start(group.prompt, *ids.shape)
     theirs = []
     for token in ids.T:
         table = torch.log_softmax(logits.float() / temperature, -1)

@@ -36,7 +36,7 @@ from roi_lib.osmckp import (
     solve_batch,
 )
 from roi_lib.problems import Problem
-from roi_lib.sitting import reference_ids, sit, smallest_budget
+from roi_lib.sitting import reference_drafts, sit, smallest_budget
 from roi_lib.worlds import SKIP_ANSWER, World
 
 SAMPLES = 4  # attempts a problem
@@ -84,7 +84,7 @@ def sample_outcomes(
     problems.
     """
     alone = [Exam((problem,), "easy") for paper in papers for problem in paper]
-    drafts = reference_ids(world, tokenizer, alone, "direct") if world.drafts else ()
+    drafts = reference_drafts(world, tokenizer, alone, "direct")
     exams, drafts = ([x for x in each for _ in range(samples)] for each in (alone, drafts))
     sittings = sit(world, tokenizer, generator, exams, budget, temperature=temperature,
                    seed=seed + SEED_SHIFT, drafts=drafts)

@@ -1,5 +1,7 @@
 """Exams: orders, prompts, and the reading of responses."""
 
+import random
+import re
 from collections import Counter
 
 import pytest
@@ -176,6 +178,26 @@ def test_F13_no_revisiting(tokenizer):
     assert [s.answer for s in response.segments] == [None, "5", None] and response.revisits == 2
     again = read(tokenizer, "Q1. 3 Q1. \\boxed{7} Q1. \\boxed{8}")
     assert again.segments[0].answer == "7" and again.revisits == 2
+
+
+def test_headers_are_found_in_any_text(tokenizer):
+    """Tokens of very different lengths: each segment begins where its header's first token is."""
+    rng = random.Random(0)
+    piece = ["Q1.", "Q2.", "Q3.", "7", " mod ", "\n", "≠ é", "<predicted_level>"]
+    for _ in range(60):
+        words = "".join(rng.choices(piece, weights=[1, 1, 1, 9, 5, 3, 3, 2], k=rng.randint(3, 60)))
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        ends = [len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+                for k in range(len(ids))]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        headers = [m for m in re.finditer(POCKET.header_pattern, text) if 1 <= int(m[1]) <= 3]
+        starts = [sum(end <= m.start() for end in ends) for m in headers] + [len(ids)]
+        costs = [0, 0, 0]
+        for header, begin, stop in zip(headers, starts, starts[1:], strict=False):
+            costs[int(header[1]) - 1] += stop - begin
+        response = parse_response(POCKET, tokenizer, ids, 3)
+        assert [s.cost for s in response.segments] == costs
+        assert response.preamble == starts[0]
 
 
 def test_empty_response(tokenizer):

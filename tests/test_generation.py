@@ -117,6 +117,44 @@ def test_a_draft_changes_no_token(tokenizer, prompts, temperature):
         assert generator.generate(drafted, temperature) == wanted, name
 
 
+def test_few_rows_left_by_many_drafts_are_decoded_together(tokenizer, prompts, monkeypatch):
+    """They wait with memory of their own, and are parted by how far they have come."""
+    generator = TorchGenerator.of(load_model("pocket-base", "float64"), tokenizer, max_rows=4)
+    monkeypatch.setattr(LlamaRows, "TOKENS_AT_ONCE", 400)
+    requests = [Request(p, 30, (i,)) for i, p in enumerate(prompts)]
+    wanted = generator.generate(requests)
+    drafts = [rollout.ids for (rollout,) in wanted]
+    for i in (1, 4, 5, 11, 12, 20):  # a slip in each of these
+        drafts[i] = drafts[i][: 2 * i // 3] + (9,) + drafts[i][2 * i // 3 + 1 :]
+    copied, decoded, copy_one = [], [], LlamaRows.copy
+
+    class Spy(LlamaRows):
+        @staticmethod
+        def copy(prefix):
+            copied.append(prefix)
+            return copy_one(prefix)
+
+        def __init__(self, model, prefixes, *arguments):
+            decoded.append([p.stop - p.start for p in prefixes])
+            super().__init__(model, prefixes, *arguments)
+
+    generator.rows = Spy
+    assert generator.generate([dataclasses.replace(request, draft=draft) for request, draft in
+                               zip(requests, drafts, strict=True)]) == wanted
+    assert copied
+    assert [len(lengths) for lengths in decoded] == [3, 3]
+    assert sum(decoded, []) == sorted(sum(decoded, []))
+
+
+def test_a_draft_beyond_the_longest_text_is_no_guess(model, prompts):
+    """Short prompts with long drafts beside long prompts: nothing was read there."""
+    texts = [(prompts[0][:20], (7,) * 30), (prompts[1][:60], (8, 9))]
+    read = LlamaRows.read(model, texts, pad_id=0)
+    assert read.draft.tolist() == [[7] * 30, [8, 9] + [-1] * 28]
+    alone = LlamaRows.read(model, texts[1:], pad_id=0)
+    torch.testing.assert_close(read.logits[1, :3], alone.logits[0])
+
+
 def test_a_right_draft_leaves_nothing_to_decode(tokenizer, prompts, monkeypatch):
     generator = TorchGenerator.of(load_model("pocket-base", "float64"), tokenizer)
     requests = [Request(p, 40, (i,)) for i, p in enumerate(prompts)]
