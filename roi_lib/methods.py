@@ -10,6 +10,7 @@ level stands for a cost, and the cheapest problems are chosen while the sum fits
 those are sat, as one exam, in the order of the paper.
 """
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -245,8 +246,7 @@ def sit_methods(
     jobs = [(name, *part) for name in names for part in shares(setting, name, budgets)]
     longest_first = sorted(jobs, key=lambda job: -sum(job[1]) * len(job[2]))
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
-                             (threads,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
         running = {job: pool.submit(sit_method, replace(setting, orders=job[2]), *job[:2])
                    for job in longest_first}
         wait(running.values(), return_when=FIRST_EXCEPTION)
@@ -263,6 +263,12 @@ def sit_methods(
                 result = replace(result, sittings=results[key].sittings | result.sittings)
             results[key] = result
     return [*results.values()]
+
+
+def begin_worker(threads: int) -> None:
+    """Make a fresh process ready; what it has imported is not searched for garbage again."""
+    torch.set_num_threads(threads)
+    gc.freeze()
 
 
 def shares(setting: Setting, name: str, budgets: Sequence[int]) -> list[tuple]:
