@@ -446,10 +446,11 @@ class LlamaRows:
 
     def keep(self, kept: torch.Tensor) -> None:
         """Drop all rows but these."""
-        seat, hidden = self.seat[kept], 0  # where they sit until now
+        seat = self.seat[kept]  # where they sit until now
+        hidden = 0  # columns that none of those who stay can see
         if self.prompts is None:
             self.row = self.seat = torch.arange(len(kept), device=kept.device)
-            hidden = self.filled - int(self.position[seat].max())  # in each of them
+            hidden = self.filled - int(self.position[seat].max())
             self.width, self.filled = self.width - hidden, self.filled - hidden
             self.longest -= hidden
             self.bias = None if self.bias is None else self.bias[seat, :, hidden:]

@@ -361,10 +361,8 @@ def predict_levels(
     seeds = [(setting.seed, i, j) for i, paper in enumerate(setting.papers)
              for j, _ in enumerate(paper)]
     messages = [exam_prompt(world, exam, budget, method.style) for exam in alone]
-    requests = [Request(tuple(prompt), end, seed, message=message, draft=draft)
-                for prompt, seed, message, draft in zip(
-                    encode_prompts(tokenizer, messages), seeds, messages,
-                    reference_drafts(world, tokenizer, alone, method.style), strict=True)]
+    requests = [Request(tuple(prompt), end, seed, message=message) for prompt, seed, message in zip(
+        encode_prompts(tokenizer, messages), seeds, messages, strict=True)]
     rollouts = iter(generator.generate(requests, setting.temperature))
     predictions = []
     for paper in setting.papers:

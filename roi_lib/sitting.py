@@ -156,17 +156,6 @@ def reference_ids(
     return [tuple(ids) for ids in encoded.input_ids]
 
 
-def reference_levels(
-    world: World, tokenizer, exams: Sequence[Exam], style: str
-) -> list[list[int]]:
-    """The levels of the reference solutions to these exams' problems, header and tag included."""
-    alone = {p: Exam((p,), "easy") for exam in exams for p in exam.problems}
-    ids = reference_ids(world, tokenizer, list(alone.values()), style, [[0]] * len(alone))
-    levels = {p: min(world.level_of(len(i)), world.skip_level - 1)
-              for p, i in zip(alone, ids, strict=True)}
-    return [[levels[p] for p in exam.problems] for exam in exams]
-
-
 def reference_drafts(
     world: World, tokenizer, exams: Sequence[Exam], style: str,
     levels: Sequence[Sequence[int]] = (),
@@ -174,13 +163,10 @@ def reference_drafts(
     """The reference solutions as drafts (see `generation.Request`), in a world that has drafts.
 
     Args:
-        levels: of the problems of each exam, for the tags of style "roi"; by default those of the
-            solutions themselves.
+        levels: see `reference_ids`.
     """
     if not world.drafts:
         return [()] * len(exams)
-    if style == "roi" and not levels:
-        levels = reference_levels(world, tokenizer, exams, style)
     return reference_ids(world, tokenizer, exams, style, levels)
 
 
