@@ -181,14 +181,11 @@ def exam_reward(reward: list[float | None], **kwargs) -> list[float | None]:
 class StepReport(TrainerCallback):
     """Writes `log.csv` as `rarl_loop` does, keeps models, and marks whole checkpoints as whole.
 
-    With several processes, what the rollouts say is that of the first one's share.
+    With several processes, the first one writes; what it says of rollouts is of its own share.
     """
 
     def __init__(self, rollouts: ExamRollouts, path: Path, last_step: int) -> None:
-        self.rollouts, self.first, self.rows = rollouts, last_step, []
-        self.log = StepLog(path, tuple(COLUMNS), last_step)
-        self.before = float(self.log.last.get("seconds") or 0)
-        self.seconds = 0.0
+        self.rollouts, self.path, self.first, self.rows = rollouts, path, last_step, []
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """One row a step.
@@ -214,7 +211,11 @@ class StepReport(TrainerCallback):
             self.rows = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """The start is kept as step 0."""
+        """Open the log, without the rows that come again; the start is kept as step 0."""
+        if not state.is_world_process_zero:
+            return
+        self.log = StepLog(self.path, tuple(COLUMNS), self.first)
+        self.before, self.seconds = float(self.log.last.get("seconds") or 0), 0.0
         if self.first == 0:
             self.on_step_end(args, state, control, model)
 
@@ -225,6 +226,7 @@ class StepReport(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end (F1)."""
+        args.distributed_state.wait_for_everyone()  # each process has its own file there
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer and our trainer: the same rollouts, the same gradient."""
 
+import json
 import math
 import os
 import shutil
@@ -104,10 +105,15 @@ def test_two_steps_of_trl_are_two_steps_of_ours(tokenizer, tmp_path):
 
 
 TWO = """
-import os, sys
+import os, sys, time
 from pathlib import Path
+from roi_lib import rarl_trl
 from roi_lib.tokenizer import build_tokenizer
 from test_rarl_trl import POCKET, SMALL, rarl, replace, spread, tiny, train
+if os.environ["RANK"] == "1":
+    rarl_trl.StepLog = None  # the log is the first process's
+    save = rarl_trl.GRPOTrainer._save_rng_state
+    rarl_trl.GRPOTrainer._save_rng_state = lambda *a: (time.sleep(1), save(*a))
 rarl.group_rewards, tokenizer = spread, build_tokenizer(POCKET)
 model = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=2), Path(sys.argv[1]))
 if os.environ["RANK"] == "0":
@@ -116,13 +122,20 @@ if os.environ["RANK"] == "0":
 
 
 def test_two_processes_end_with_the_weights_of_one(tokenizer, tmp_path):
-    """As `accelerate launch` starts them, on the CPU; each samples its own half of the exams."""
+    """As `accelerate launch` starts them, on the CPU; each samples its own half of the exams.
+
+    The second is slow to save, and its file must be in the manifest all the same.
+    """
     alone = train(POCKET, tokenizer, tiny(tokenizer), replace(SMALL, steps=2), tmp_path / "one")
     (tmp_path / "two.py").write_text(TWO)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node", "2", str(tmp_path / "two.py"), str(tmp_path / "two")],
-                   check=True, env=environment, timeout=600, capture_output=True)
+                   check=True, env=environment, timeout=600)
+    verify_folder(tmp_path / "two" / "checkpoint-2")
+    assert "rng_state_1.pth" in json.loads(
+        (tmp_path / "two" / "checkpoint-2" / "manifest.json").read_text())
+    assert len((tmp_path / "two" / "log.csv").read_text().splitlines()) == 3
     together = load_model(str(tmp_path / "two" / "final"), "float32")
     for a, b in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -274,10 +287,11 @@ def test_F24_a_broken_model_stops_with_the_step(tokenizer, tmp_path):
 @pytest.mark.parametrize("gap", [0.02, float("nan")])
 def test_F27_a_sampler_that_is_another_policy_is_noticed(tokenizer, tmp_path, gap, recwarn):
     """As TRL logs it with vLLM; without vLLM it says nothing, and nothing is told."""
-    rollouts = ExamRollouts(POCKET, tokenizer, SMALL)
+    rollouts = ExamRollouts(POCKET, tokenizer, replace(SMALL, keep=()))
     rollouts.row = {c: 1.0 for c in COLUMNS} | {"budget": 24}
-    report = StepReport(rollouts, tmp_path / "log.csv", 0)
-    state = TrainerState(global_step=1, max_steps=6)
+    report, state = StepReport(rollouts, tmp_path / "log.csv", 0), TrainerState(max_steps=6)
+    report.on_train_begin(None, state, None)
+    state.global_step = 1
     logs = {"loss": 0.0, "grad_norm": 0.1, "step_time": 1.0, "frac_reward_zero_std": 0.0,
             "entropy": 0.5}
     report.on_log(None, state, None, logs)
