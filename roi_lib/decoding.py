@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from transformers import Cache, CacheLayerMixin, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -149,11 +149,12 @@ class AnyRows:
     JOINS = False
 
     @staticmethod
-    def read(model, texts: Sequence[Text], pad_id: int) -> Read:
+    def read(model, texts: Sequence[Text], pad_id: int, head: Prefix | None = None) -> Read:
         """Read texts in one pass; here padded on the left, and without drafts.
 
         Args:
             pad_id: token id for padding; nobody looks at it.
+            head: what all prompts begin with, if that was read before; here it is read again.
         """
         width = max(len(prompt) for prompt, _ in texts)
         ids = torch.full((len(texts), width), pad_id)
@@ -209,12 +210,19 @@ class AnyRows:
         """Give the memory back; nothing can be decoded any more."""
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates."""
-    rotated, half = x * cos, x.shape[-1] // 2
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates.
+
+    Args:
+        x: [rows, tokens, heads, head_dim].
+        room: columns of zeros to put in front of the tokens.
+    """
+    full, half = x.new_empty(x.shape[0], room + x.shape[1], *x.shape[2:]), x.shape[-1] // 2
+    full[:, :room] = 0
+    rotated = torch.mul(x, cos, out=full[:, room:])
     rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return rotated
+    return full
 
 
 def normalize(norm, x: torch.Tensor) -> torch.Tensor:
@@ -223,7 +231,7 @@ def normalize(norm, x: torch.Tensor) -> torch.Tensor:
 
 
 def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
-            wanted: torch.Tensor) -> torch.Tensor:
+            wanted: torch.Tensor, room: int = 0) -> torch.Tensor:
     """The forward pass of models built like Llama, with an attention of one's own.
 
     Args:
@@ -232,6 +240,7 @@ def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
             tokens, heads, head_dim]; returns what the queries gather.
         wanted: columns whose logits are wanted, [rows, wanted]; in the last layer no others go
             further than attention.
+        room: columns in front of queries and keys that `attend` gets empty.
 
     Returns:
         Logits, [rows, wanted, vocabulary].
@@ -245,7 +254,8 @@ def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
         attention, y = block.self_attn, normalize(block.input_layernorm, x)
         query, key, value = (project(y).unflatten(-1, (-1, size)) for project in (
             attention.q_proj, attention.k_proj, attention.v_proj))
-        mixed = attend(i, rotate(query, *scaled), rotate(key, cos, sin), value).flatten(2)
+        query, key = rotate(query, *scaled, room), rotate(key, cos, sin, room)
+        mixed = attend(i, query, key, value).flatten(2)
         if i == len(body.layers) - 1:
             row = torch.arange(len(x), device=x.device)[:, None]
             x, mixed = x[row, wanted], mixed[row, wanted]
@@ -290,26 +300,31 @@ class LlamaRows:
         return config.model_type in cls.ARCHITECTURES and set(layers) == {"full_attention"}
 
     @staticmethod
-    def read(model, texts: Sequence[Text], pad_id: int) -> Read:
+    def read(model, texts: Sequence[Text], pad_id: int, head: Prefix | None = None) -> Read:
         """See `AnyRows.read`; here padded on the right, where causal attention never looks."""
+        n = head.stop if head else 0
         drafted = max(len(draft) for _, draft in texts)
         ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(prompt + draft) for prompt, draft in texts], batch_first=True,
+            [torch.tensor((prompt + draft)[n:]) for prompt, draft in texts], batch_first=True,
             padding_value=pad_id).to(model.device)
-        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        prompt = torch.tensor([len(prompt) for prompt, _ in texts], device=ids.device)[:, None]
+        position = n + torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        prompt = torch.tensor([len(prompt) - n for prompt, _ in texts], device=ids.device)[:, None]
         wanted = prompt - 1 + torch.arange(drafted + 1, device=ids.device)
         beyond, wanted = wanted >= ids.shape[1], wanted.clamp(max=ids.shape[1] - 1)
         cache = []
 
-        def attend(_, query, key, value):
+        def attend(layer, query, key, value):
+            if head:
+                value = pad(value, (0, 0, 0, 0, n, 0))
+                for tensor, known in zip((key, value), head.cache[layer], strict=True):
+                    tensor[:, :n] = known[head.text].transpose(0, 1)
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))
             cache.append((key, value))
             mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0,
                                                  enable_gqa=query.shape[1] != key.shape[1])
-            return mixed.transpose(1, 2)
+            return mixed.transpose(1, 2)[:, n:]
 
-        logits = forward(model, ids, position, attend, wanted)
+        logits = forward(model, ids, position, attend, wanted, n)
         return Read(logits, ids.gather(1, wanted[:, 1:]).masked_fill_(beyond[:, 1:], -1),
                     [Prefix(cache, i, 0, len(prompt)) for i, (prompt, _) in enumerate(texts)])
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -187,11 +188,11 @@ class Batch:
 class TorchGenerator(BudgetedGenerator):
     """Batched, cached decoding with any causal language model, on its own device.
 
-    Each distinct prompt is prefilled once, together with the request's draft. Rows that are not
-    finished by that are collected and decode in lock step; finished rows leave the batch. Sampling
-    inverts the cumulative distribution at one uniform number a token, taken from the row's own
-    stream: speculative sampling (Leviathan et al. 2023), in which draft and model share their
-    random numbers, so that no token changes.
+    What all prompts begin with is read once; then each distinct prompt, together with the
+    request's draft. Rows that are not finished by that are collected and decode in lock step;
+    finished rows leave the batch. Sampling inverts the cumulative distribution at one uniform
+    number a token, taken from the row's own stream: speculative sampling (Leviathan et al. 2023),
+    in which draft and model share their random numbers, so that no token changes.
 
     Args:
         model: a causal language model of transformers, in eval mode.
@@ -240,10 +241,11 @@ class TorchGenerator(BudgetedGenerator):
         batch = Batch(requests, [(i, k) for i in by_length for k in range(requests[i].n)],
                       self.eos_ids)
         parts, memory = deque(self._parts([texts[i] for i, _ in batch.rows])), Memory()
+        head = self._head([prompt for prompt, _ in texts]) if len(parts) > 1 else None
         while parts:
             begun: list[tuple[int, Prefix]] = []
             while parts and self._fits(len(begun), parts[0]):
-                rows, prefixes = self._read(batch, parts.popleft(), temperature)
+                rows, prefixes = self._read(batch, parts.popleft(), temperature, head)
                 going = batch.going[rows]
                 begun += zip(rows[going].tolist(), prefixes, strict=True)
                 yield from batch.complete(rows[~going])
@@ -276,6 +278,14 @@ class TorchGenerator(BudgetedGenerator):
         """What is read of a request before it is decoded."""
         return request.prompt, request.draft[: request.budget - 1] if self.rows.JOINS else ()
 
+    def _head(self, prompts: Sequence[tuple[int, ...]]) -> Prefix | None:
+        """Read what all prompts begin with; each goes on from there, with a token at least."""
+        common = commonprefix(prompts)[: min(map(len, prompts)) - 1]
+        if not common or not self.rows.JOINS:
+            return None
+        (head,) = self.rows.read(self.model, [(common, ())], self.pad_id).prompts
+        return head
+
     def _parts(self, texts: Sequence[Text]) -> Iterator[dict[Text, list[int]]]:
         """Rows by their texts, as many as are read at a time."""
         part: dict[Text, list[int]] = {}
@@ -300,14 +310,15 @@ class TorchGenerator(BudgetedGenerator):
         return not n_begun or (self.rows.JOINS and n_rows <= most)
 
     def _read(
-        self, batch: Batch, part: Mapping[Text, Sequence[int]], temperature: float
+        self, batch: Batch, part: Mapping[Text, Sequence[int]], temperature: float,
+        head: Prefix | None,
     ) -> tuple[torch.Tensor, list[Prefix]]:
         """Read prompts and drafts, and draw what can be drawn from that.
 
         Returns:
             The rows, and for those of them that go on what they have read.
         """
-        read = self.rows.read(self.model, list(part), self.pad_id)
+        read = self.rows.read(self.model, list(part), self.pad_id, head)
         pairs = [(row, text) for text, rows in enumerate(part.values()) for row in rows]
         rows, texts = torch.tensor(pairs, device=read.draft.device).T
         batch.draw(rows, read.logits[texts], read.draft[texts], temperature)

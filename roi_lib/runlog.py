@@ -135,6 +135,8 @@ class Progress:
 class LoggedGenerator(BudgetedGenerator):
     """A generator that looks into a log first, and keeps there what it has to make.
 
+    Without a log it remembers: either way, equal requests of several calls are answered once.
+
     Args:
         engine: makes what the log does not hold; None: everything must be in the log (a replay).
         log: the log, or None.
@@ -145,6 +147,7 @@ class LoggedGenerator(BudgetedGenerator):
     def __init__(self, engine: BudgetedGenerator | None, log: RunLog | None = None,
                  every: float | None = None, what: str = "run") -> None:
         self.engine, self.log, self.every, self.what = engine, log, every, what
+        self.known = log.rows if log else {}
 
     def stream(
         self, requests: Sequence[Request], temperature: float = 1.0
@@ -156,14 +159,13 @@ class LoggedGenerator(BudgetedGenerator):
                 process is writing.
         """
         keys = [request_key(request, temperature) for request in requests]
-        known = self.log.rows if self.log else {}
-        missing = [i for i, key in enumerate(keys) if key not in known]
+        missing = [i for i, key in enumerate(keys) if key not in self.known]
         if missing and self.engine is None:
             raise ValueError(f"{self.log.path} lacks {len(missing)} of {len(requests)} responses; "
                              "replay the exams, budgets, seed and temperature it was made with")
         for i, key in enumerate(keys):
-            if key in known:
-                yield i, known[key]
+            if key in self.known:
+                yield i, self.known[key]
         if not missing:
             return
         progress = Progress(self.what, len(requests), self.every or float("inf"))
@@ -172,5 +174,7 @@ class LoggedGenerator(BudgetedGenerator):
             for n, (j, rollouts) in enumerate(fresh, start=1):
                 if self.log:
                     self.log.append(keys[missing[j]], rollouts)
+                elif not any(r.failed for r in rollouts):
+                    self.known[keys[missing[j]]] = rollouts
                 progress.show(len(requests) - len(missing) + n, n)
                 yield missing[j], rollouts

@@ -213,6 +213,19 @@ def test_a_log_is_continued_without_asking_twice(server, tokenizer, tmp_path):
         replay.generate(REQUESTS, temperature=0)
 
 
+def test_equal_requests_are_answered_once_without_a_log_too(server, tokenizer):
+    server.plan = ["ok", "500", "500", "500", "ok"]
+    generator = LoggedGenerator(client(server, tokenizer))
+    first = generator.generate(REQUESTS)
+    assert [bool(g[0].failed) for g in first] == [False, True, False]
+    before = len(server.seen)
+    again = generator.generate(REQUESTS)
+    assert len(server.seen) == before + 1, "only the failed one is asked again"
+    assert again[::2] == first[::2] and not again[1][0].failed
+    generator.generate(REQUESTS, temperature=0.5)
+    assert len(server.seen) == before + 4, "these are others"
+
+
 def test_an_interrupted_run_keeps_what_it_had(tmp_path):
     class Interrupted(ReplayGenerator):
         def stream(self, requests, temperature=1.0):

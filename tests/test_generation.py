@@ -146,6 +146,31 @@ def test_few_rows_left_by_many_drafts_are_decoded_together(tokenizer, prompts, m
     assert sum(decoded, []) == sorted(sum(decoded, []))
 
 
+def test_what_all_prompts_begin_with_is_read_once(model, tokenizer, prompts):
+    """One of them is no more than that; it goes on with its last token."""
+    generator, read = TorchGenerator.of(model, tokenizer, max_rows=2), []
+
+    class Spy(LlamaRows):
+        @staticmethod
+        def read(model, texts, pad_id, head=None):
+            read.append((head.stop if head else 0, [len(prompt) for prompt, _ in texts]))
+            return LlamaRows.read(model, texts, pad_id, head)
+
+    generator.rows = Spy
+    begun = [prompts[0][:30], *(prompts[0][:30] + prompt[-20 - i :]
+                                for i, prompt in enumerate(prompts[:5]))]
+    requests = [Request(p, 20, (i,), draft=(7, 8)[: i % 3]) for i, p in enumerate(begun)]
+    alone = sum((generator.generate([request]) for request in requests), [])
+    assert read == [(0, [len(prompt)]) for prompt in begun]
+    read.clear()
+    assert generator.generate(requests) == alone
+    assert read == [(0, [29]), (29, [54, 53]), (29, [51, 52]), (29, [50, 30])]
+    read.clear()
+    generator.generate([Request(p, 5) for p in ((5, 6, 7), (6, 7), (7,))])
+    assert read == [(0, [3, 2]), (0, [1])], "nothing in common"
+
+
+@torch.inference_mode()
 def test_a_draft_beyond_the_longest_text_is_no_guess(model, prompts):
     """Short prompts with long drafts beside long prompts: nothing was read there."""
     texts = [(prompts[0][:20], (7,) * 30), (prompts[1][:60], (8, 9))]
