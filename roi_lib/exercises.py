@@ -58,6 +58,12 @@ def ask(function, *args):
     return result
 
 
+def close(got, truth, tolerance=1e-9):
+    """Whether the reader's number, or each of several, is right up to rounding; NaN is not."""
+    got, truth = np.asarray(got, float), np.asarray(truth, float)
+    return got.shape == truth.shape and bool((np.abs(got - truth) <= tolerance).all())
+
+
 # ---------------------------------------------------------------- 00 start here
 @exercise("00.1")
 def _(answer):
@@ -79,7 +85,7 @@ def _(answer):
         easy, other = (rng.integers(0, 4, 8).tolist() for _ in range(2))
         easy[0] = 3  # a Score of zero has no regret
         truth = (sum(easy) - sum(other)) / sum(easy)
-        if abs(float(ask(answer, list(easy), list(other))) - truth) > 1e-9:
+        if not close(ask(answer, list(easy), list(other)), truth):
             return f"not right for {easy} in the easy order and {other}: a share of which Score?"
 
 
@@ -99,19 +105,19 @@ def _random_outcomes(rng, size):
 
 @exercise("01.1")
 def _(answer):
-    if abs(float(answer) - osmckp.solve(_hand_exam(0.5, 9)).value) > 1e-6:
+    if not close(answer, osmckp.solve(_hand_exam(0.5, 9)).value, 1e-6):
         return "work backwards: first V of the easy problem, then V of the medium one at 6 and at 3"
 
 
 @exercise("01.2")
 def _(answer):
-    if abs(ask(answer, [(0.5, 3, 1), (0.5, 6, 1)], 3) - 0.5) > 1e-9:
+    if not close(ask(answer, [(0.5, 3, 1), (0.5, 6, 1)], 3), 0.5):
         return "which outcomes fit in 3 tokens when the costs are 3 and 6?"
     rng = np.random.default_rng(2)
     for budget in range(12):
         outcomes = _random_outcomes(rng, 4)
         truth = osmckp.expected_reward([osmckp.Action("a", outcomes)], budget)[0, -1]
-        if abs(ask(answer, outcomes, budget) - truth) > 1e-9:
+        if not close(ask(answer, outcomes, budget), truth):
             return f"not right for outcomes {outcomes} and b = {budget}"
 
 
@@ -126,8 +132,8 @@ def _(answer):
         got = np.asarray(ask(answer, actions, future.copy()), dtype=float)
         if got.shape != truth.shape:
             return f"need one value for each b = 0..9, got shape {got.shape}"
-        wrong = np.flatnonzero(np.abs(got - truth) > 1e-9)
-        if len(wrong):
+        wrong = [b for b in range(len(truth)) if not close(got[b], truth[b])]
+        if wrong:
             kind = "a single action" if len(known) == 1 else f"{len(known)} actions"
             return (f"with {kind} your V is wrong first at b = {wrong[0]}; after a truncation "
                     "the later problems are sat with 0 tokens")
@@ -176,7 +182,7 @@ def _(answer):
         one, other = (rng.choice(list("abc"), rng.integers(3, 9)).tolist() for _ in range(2))
         runs, others = ({*zip(w, w[1:], w[2:], strict=False)} for w in (one, other))
         truth = len(runs & others) / len(runs | others)
-        if abs(float(ask(answer, list(one), list(other))) - truth) > 1e-9:
+        if not close(ask(answer, list(one), list(other)), truth):
             return f"not right for {' '.join(one)} and {' '.join(other)}: sets of runs of three"
 
 
@@ -259,7 +265,7 @@ def _(answer):
         weights = np.array([{"prompt": 0, "word": 1, "level": weight}[kind] for kind in kinds])
         truth = (weights * nats).sum() / (weights > 0).sum()
         got = ask(answer, nats.tolist(), [str(kind) for kind in kinds], weight)
-        if abs(float(got) - truth) > 1e-9:
+        if not close(got, truth):
             return (f"not right for nats {nats.tolist()}, kinds {' '.join(kinds)} and weight "
                     f"{weight}: divide by the number of tokens that are learned")
 
@@ -270,7 +276,7 @@ def _(answer):
     for p in [0.0, 1.0, *rng.random(30).round(3)]:
         k = int(rng.integers(1, 17))
         truth = np.full(k, 1 - p).prod()
-        if abs(float(ask(answer, float(p), k)) - truth) > 1e-9:
+        if not close(ask(answer, float(p), k), truth):
             return f"not right for a solve rate of {p} and {k} samples: all of them must fail"
 
 
@@ -283,7 +289,7 @@ def _(answer):
         rates = rng.integers(0, 5, n) / 4
         truth = rates[skipped].mean(), (rates[~skipped] == 0).mean()
         got = ask(answer, skipped.tolist(), rates.tolist())
-        if len(got) != 2 or abs(np.array(got, float) - truth).max() > 1e-9:
+        if not close(got, truth):
             return (f"not right for skipped {skipped.astype(int).tolist()} and solve rates "
                     f"{rates.tolist()}: a mean over the skipped, then a share of the tried")
 
@@ -322,8 +328,7 @@ def _(answer):
         rewards = [None if rng.random() < 0.2 else int(x) for x in rng.integers(0, 4, 6)]
         rewards[0] = 3
         table = torch.tensor([[np.nan if r is None else r for r in rewards]], dtype=torch.float64)
-        got = np.array([float(x) for x in ask(answer, list(rewards))])
-        if got.shape != (6,) or np.abs(got - advantages(table)[0].numpy()).max() > 1e-9:
+        if not close(ask(answer, list(rewards)), advantages(table)[0]):
             return (f"not right for rewards {rewards}: a failed rollout counts in no mean, and has "
                     "advantage 0")
 
@@ -344,7 +349,7 @@ def _(answer):
         policy_loss(logprobs, mask, torch.tensor(advantage), longest, normalizer).backward()
         truth = -logprobs.grad[:, 0].numpy()
         got = ask(answer, lengths.tolist(), advantage.tolist(), longest, normalizer)
-        if np.abs(np.array(got, float) - truth).max() > 1e-9:
+        if not close(got, truth):
             return (f"not right for lengths {lengths.tolist()}, advantages {advantage.tolist()}, "
                     f"longest {longest} and normalizer {normalizer!r}: the loss is also a mean "
                     "over the rollouts")
@@ -361,7 +366,7 @@ def _(answer):
         n = int(rng.integers(2, 9))
         truth = sum(q ** sum(w) * (1 - q) ** (n - sum(w)) for w in product((0, 1), repeat=n)
                     if has_spread(w))
-        if abs(float(ask(answer, float(q), n)) - truth) > 1e-9:
+        if not close(ask(answer, float(q), n), truth):
             return f"not right for q = {q} and {n} rollouts: which two groups have no spread?"
 
 
@@ -389,7 +394,7 @@ def _(answer):
         a = rng.integers(0, 4, 12)
         b = np.minimum(a + rng.integers(0, 2, 12), 3)
         truth = np.std(a - b, ddof=1) / np.sqrt(len(a))
-        if abs(float(ask(answer, a.tolist(), b.tolist())) - truth) > 1e-9:
+        if not close(ask(answer, a.tolist(), b.tolist()), truth):
             return (f"not right for {a.tolist()} and {b.tolist()}: take the difference of each "
                     "paper first")
 
@@ -401,7 +406,7 @@ def _(answer):
         best = dict(zip(("easy", "medium", "hard"), sorted(3 * rng.random(3))[::-1], strict=True))
         score = float(rng.random() * 2)
         truth = best["easy"] - best[order], best[order] - score
-        if not np.allclose(np.array(ask(answer, dict(best), score, order), float), truth):
+        if not close(ask(answer, dict(best), score, order), truth):
             return (f"not right for the {order} order: what is lost to the order, the rational "
                     "test-taker loses as well; folly is the rest")
 
@@ -416,7 +421,7 @@ def _(answer):
         hard = osmckp.Action("solve", [(p, cost, 1), (1 - p, cost, 0)])
         instance = osmckp.Instance(budget, [[skip, hard],
                                             [skip, osmckp.Action("solve", [(1, sure, 1)])]])
-        if abs(float(ask(answer, cost, p, sure, budget)) - osmckp.solve(instance).value) > 1e-9:
+        if not close(ask(answer, cost, p, sure, budget), osmckp.solve(instance).value):
             return (f"not right for cost {cost}, p {p}, sure {sure} and budget {budget}: a cost "
                     "above the budget earns nothing and leaves nothing")
 
@@ -440,7 +445,7 @@ def _(answer):
         predicted[0] = 0
         given = predicted >= 0
         truth = ((predicted == real)[given].mean(), (predicted < real)[given].mean())
-        if not np.allclose(np.array(ask(answer, predicted.tolist(), real.tolist()), float), truth):
+        if not close(ask(answer, predicted.tolist(), real.tolist()), truth):
             return (f"not right for predicted {predicted.tolist()} and real {real.tolist()}: "
                     "problems without a tag are in neither share, nor in what they are shares of")
 
@@ -451,7 +456,6 @@ def _(answer):
     for _ in range(40):
         tried, rational = rng.random(9) < 0.5, rng.random(9) < 0.5
         truth = (tried & ~rational).mean(), (~tried & rational).mean()
-        got = np.array(ask(answer, tried.tolist(), rational.tolist()), float)
-        if not np.allclose(got, truth):
+        if not close(ask(answer, tried.tolist(), rational.tolist()), truth):
             return (f"not right for tried {tried.tolist()} and rational {rational.tolist()}: "
                     "both are shares of all decisions")

@@ -31,6 +31,16 @@ def test_wrong_answers_get_a_hint(exercise_id, number, capsys):
 
 
 @pytest.mark.parametrize("exercise_id", sorted(EXERCISES))
+@pytest.mark.parametrize("count", [None, 2, 5, 6, 10])
+def test_no_number_is_never_right(exercise_id, count, capsys):
+    """As a mean over nothing, say; alone, or in the place of each of several numbers."""
+    nan = float("nan") if count is None else [float("nan")] * count
+    text = line(capsys, exercise_id, (lambda *args: nan) if callable(SOLUTIONS[exercise_id])
+                else nan)
+    assert text.startswith(f"[TRY AGAIN] {exercise_id}: ")
+
+
+@pytest.mark.parametrize("exercise_id", sorted(EXERCISES))
 def test_stub_is_not_answered(exercise_id, capsys):
     stubs = [..., None]
     if callable(SOLUTIONS[exercise_id]):
