@@ -359,14 +359,19 @@ def _style(j, label):
 def line_panels(panels, columns=2, height=3.2):
     """Line plots side by side; a Figure.
 
-    `panels` holds (x, {label: array like x}, xlabel, ylabel, title) for each; NaN leaves a gap.
-    A label that is the name of a method gets the method's look.
+    `panels` holds (x, {label: y}, xlabel, ylabel, title) for each: y is an array like x, or three
+    of them: values, and the ends of their intervals. NaN leaves a gap. A label that is the name of
+    a method gets the method's look.
     """
     fig, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
     fig.set_size_inches(WIDTH, height * len(axes))
     for ax, (x, series, xlabel, ylabel, title) in zip(axes.flat, panels, strict=False):
         for j, (label, y) in enumerate(series.items()):
-            ax.plot(x, y, markevery=max(1, len(x) // 6), **_style(j, label))
+            y, *ends = np.atleast_2d(y)
+            line = ax.plot(x, y, markevery=1 if ends else max(1, len(x) // 6), **_style(j, label))
+            if ends:
+                ax.errorbar(x, y, np.abs(ends - y), color=line[0].get_color(), fmt="none",
+                            capsize=2, elinewidth=1.2)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1:
             ax.legend()
@@ -579,6 +584,18 @@ def score_split(records, budget, orders=("medium", "hard")):
 FEW = 30  # a share or a percentile of fewer says little
 
 
+def share_interval(share, count):
+    """The ends of the 95 % intervals of shares among so many, [2, ...] (Wilson, 1927).
+
+    Unlike the normal interval it has a width at 0 and at 1, too. NaN where there are none.
+    """
+    z = 1.96
+    share, count = np.asarray(share, float), np.where(np.asarray(count) > 0, count, np.nan)
+    centre = share + z**2 / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return np.stack([centre - half, centre + half]) / (1 + z**2 / count)
+
+
 def token_lengths(columns, budget, order):
     """Tokens spent on the problems that were tried, a panel a tier, a row a method; a Figure.
 
@@ -619,7 +636,7 @@ def level_errors(columns):
 
     `columns` is {method: `rollouts.load_columns`}. Problems without a tag are left out, and those
     that the budget cut, whose real level nobody knows. The share of exact predictions stands in
-    the legend.
+    the legend; the 95 % intervals are over problems (`share_interval`).
     """
     steps = np.arange(-3, 4)
     series = {}
@@ -627,13 +644,14 @@ def level_errors(columns):
         tried = c["reached"] & ~c["skipped"] & ~c["cut"] & (c["predicted"] >= 0)
         error = c["predicted"][tried].astype(int) - c["real"][tried].astype(int)
         shares = np.array([(error == step).mean() for step in steps])
-        series[f"{method_look(method)[0]} (exact: {shares[3]:.1%})"] = (method, shares)
+        ends = share_interval(shares, len(error))
+        series[f"{method_look(method)[0]} (exact: {shares[3]:.1%})"] = (method, shares, ends)
     fig, ax = plt.subplots(figsize=(WIDTH, 3.4))
     width = 0.8 / len(series)
-    for j, (label, (method, shares)) in enumerate(series.items()):
+    for j, (label, (method, shares, ends)) in enumerate(series.items()):
         _, color, _, _, hatch = method_look(method)
         ax.bar(steps + (j - (len(series) - 1) / 2) * width, shares, width, color=color,
-               hatch=hatch, edgecolor="white", label=label)
+               hatch=hatch, edgecolor="white", label=label, yerr=np.abs(ends - shares), capsize=3)
     ax.set_xticks(steps, [f"{step:+d}" if step else "0" for step in steps])
     ax.set(xlabel="predicted minus real level (below 0: the cost was underestimated)",
            ylabel="share of problems finished")
@@ -645,7 +663,8 @@ def level_errors(columns):
 def position_accuracy(columns, budget, orders=("easy", "medium", "hard")):
     """Share of right answers by position, a panel an order, with 95 % intervals; a Figure.
 
-    `columns` is {method: `rollouts.load_columns`}; the intervals are normal ones, over papers.
+    `columns` is {method: `rollouts.load_columns`}; the intervals are over papers
+    (`share_interval`).
     """
     fig, axes = plt.subplots(1, len(orders), sharey=True, squeeze=False, figsize=(WIDTH, 3.8))
     for ax, order in zip(axes[0], orders, strict=True):
@@ -654,11 +673,12 @@ def position_accuracy(columns, budget, orders=("easy", "medium", "hard")):
             positions = np.unique(c["position"])
             marks = [c["correct"][here & (c["position"] == p)] for p in positions]
             share = np.array([m.mean() for m in marks])
-            half = 1.96 * np.sqrt(share * (1 - share) / [len(m) for m in marks])
+            ends = share_interval(share, [len(m) for m in marks])
             label, color, line, marker, _ = method_look(method)
             shift = (i - (len(columns) - 1) / 2) * 0.09
-            ax.errorbar(positions + shift, share, half, color=color, marker=marker, capsize=2,
-                        linestyle=line, linewidth=1.0, elinewidth=1.5, label=label)
+            ax.errorbar(positions + shift, share, np.abs(ends - share), color=color,
+                        marker=marker, capsize=2, linestyle=line, linewidth=1.0, elinewidth=1.5,
+                        label=label)
         ax.set_xticks(positions)
         ax.set(xlabel="position", title=f"{order} order", ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel(f"right answers ({budget} tokens)")

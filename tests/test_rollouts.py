@@ -6,6 +6,7 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from roi_lib import plots
 from roi_lib.checkpoints import load_tokenizer, verify_folder
@@ -110,6 +111,19 @@ def test_every_plot_draws(saved):
         "replay", 64, "hard"))
     assert [c[0].get_width() for c in bars[:3]] == pytest.approx(
         [row["score"], row["lost_to_folly"], row["lost_to_order"]], abs=1e-9)
+
+
+def test_the_interval_of_a_share_is_scipys():
+    hits, count = np.array([0, 1, 13, 40, 40]), np.array([40, 40, 40, 40, 0])
+    ends = plots.share_interval(hits / np.maximum(count, 1), count)
+    for i in range(4):
+        known = binomtest(int(hits[i]), 40).proportion_ci(method="wilson")
+        assert ends[:, i] == pytest.approx([known.low, known.high], abs=1e-4)
+    assert np.isnan(ends[:, 4]).all()
+    figure = plots.line_panels([([1, 2], {"a": [[0.5, np.nan], [0.4, np.nan], [0.7, np.nan]],
+                                          "b": [0.1, 0.2]}, "x", "y", "")])
+    (bar,) = (c for c in figure.axes[0].containers)
+    assert bar[2][0].get_segments()[0][:, 1] == pytest.approx([0.4, 0.7])
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
