@@ -241,7 +241,8 @@ class TorchGenerator(BudgetedGenerator):
         batch = Batch(requests, [(i, k) for i in by_length for k in range(requests[i].n)],
                       self.eos_ids)
         parts, memory = deque(self._parts([texts[i] for i, _ in batch.rows])), Memory()
-        head = self._head([prompt for prompt, _ in texts]) if len(parts) > 1 else None
+        several = self.rows.JOINS and len(parts) > 1
+        head = self._head([prompt for prompt, _ in texts]) if several else None
         while parts:
             begun: list[tuple[int, Prefix]] = []
             while parts and self._fits(len(begun), parts[0]):
@@ -281,7 +282,7 @@ class TorchGenerator(BudgetedGenerator):
     def _head(self, prompts: Sequence[tuple[int, ...]]) -> Prefix | None:
         """Read what all prompts begin with; each goes on from there, with a token at least."""
         common = commonprefix(prompts)[: min(map(len, prompts)) - 1]
-        if not common or not self.rows.JOINS:
+        if not common:
             return None
         (head,) = self.rows.read(self.model, [(common, ())], self.pad_id).prompts
         return head

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,17 +42,18 @@ class RunLog:
     """One log file. Rows whose request failed are not kept: they will be asked again.
 
     Args:
-        path: continued if it exists, otherwise started with the first response.
+        path: continued if it exists, otherwise started with the first response; None: the log is
+            kept in memory alone.
         header: what the run is, JSON-ready.
 
     Raises:
         ValueError: a log of another run, or a bad line, with file and line.
     """
 
-    def __init__(self, path: Path, header: dict) -> None:
+    def __init__(self, path: Path | None, header: dict) -> None:
         self.path, self.header = path, header
         self.rows: dict[str, list[Rollout]] = {}
-        if path.exists():
+        if path and path.exists():
             self._read()
 
     def _read(self) -> None:
@@ -85,6 +86,9 @@ class RunLog:
         Raises:
             ValueError: another process is writing it.
         """
+        if self.path is None:
+            yield
+            return
         try:
             with FileLock(f"{self.path}.lock", timeout=0):
                 if self.path.exists():  # only now: the line cut short may have been under way
@@ -100,6 +104,8 @@ class RunLog:
         if any(r.failed for r in rollouts):
             return
         self.rows[key] = list(rollouts)
+        if self.path is None:
+            return
         start = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a") as stream:
             if start:
@@ -135,19 +141,19 @@ class Progress:
 class LoggedGenerator(BudgetedGenerator):
     """A generator that looks into a log first, and keeps there what it has to make.
 
-    Without a log it remembers: either way, equal requests of several calls are answered once.
+    So equal requests of several calls are answered once.
 
     Args:
         engine: makes what the log does not hold; None: everything must be in the log (a replay).
-        log: the log, or None.
+        log: the log; None for one in memory.
         every: seconds between progress lines; None for no such lines.
         what: what the lines call this run.
     """
 
     def __init__(self, engine: BudgetedGenerator | None, log: RunLog | None = None,
                  every: float | None = None, what: str = "run") -> None:
-        self.engine, self.log, self.every, self.what = engine, log, every, what
-        self.known = log.rows if log else {}
+        self.engine, self.every, self.what = engine, every, what
+        self.log = RunLog(None, {}) if log is None else log
 
     def stream(
         self, requests: Sequence[Request], temperature: float = 1.0
@@ -159,22 +165,20 @@ class LoggedGenerator(BudgetedGenerator):
                 process is writing.
         """
         keys = [request_key(request, temperature) for request in requests]
-        missing = [i for i, key in enumerate(keys) if key not in self.known]
+        known = self.log.rows
+        missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.engine is None:
             raise ValueError(f"{self.log.path} lacks {len(missing)} of {len(requests)} responses; "
                              "replay the exams, budgets, seed and temperature it was made with")
         for i, key in enumerate(keys):
-            if key in self.known:
-                yield i, self.known[key]
+            if key in known:
+                yield i, known[key]
         if not missing:
             return
         progress = Progress(self.what, len(requests), self.every or float("inf"))
         fresh = self.engine.stream([requests[i] for i in missing], temperature)
-        with self.log.writing() if self.log else nullcontext():
+        with self.log.writing():
             for n, (j, rollouts) in enumerate(fresh, start=1):
-                if self.log:
-                    self.log.append(keys[missing[j]], rollouts)
-                elif not any(r.failed for r in rollouts):
-                    self.known[keys[missing[j]]] = rollouts
+                self.log.append(keys[missing[j]], rollouts)
                 progress.show(len(requests) - len(missing) + n, n)
                 yield missing[j], rollouts
