@@ -1,86 +1,94 @@
-"""The command line: `python -m roi_lib exam|sweep|osmckp|train|bench|diagnose|moments|...`.
+"""ROI-Reasoning on the command line: exams, training, and what belongs to them.
 
-Whatever a user can get wrong ends in one sentence on standard error and exit status 2.
+Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128
 """
 
-import argparse
 import json
 import sys
-from dataclasses import asdict, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from roi_lib.files import write_json
+import tyro
 
+from roi_lib.problems import SPLITS
+from roi_lib.worlds import ORDERS, MFTRecipe, RARLRecipe, World, get_world
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Refuse an option's output file that cannot be written before the work starts."""
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
-    if path is not None and path.is_dir():
-        raise ValueError(f"{option} names a folder: {path}")
+Omit = tyro.conf.OmitArgPrefixes  # a recipe's fields are options of their own
 
 
-def exam(args) -> None:
-    """Sit papers in three orders under each budget."""
-    from roi_lib.evaluation import (
-        Setting,
-        difference_table,
-        exam_table,
-        make_records,
-        position_table,
-        shortfall_table,
-        sit_methods,
-    )
-    from roi_lib.manifests import make_manifest
-    from roi_lib.worlds import get_world
-
-    check_writable("--out", args.out)
-    check_writable("--write-papers", args.write_papers)
-    check_writable("--plot", args.plot)
-    world = get_world(args.world)
-    names = method_names(world, args.methods)
-    papers, split = exam_papers(args, world)
-    if args.write_papers:
-        write_json(args.write_papers, asdict(make_manifest(world, papers, split, args.seed)))
-        print(f"wrote {args.write_papers}")
-    setting = Setting(world, papers, args.seed, args.temperature, args.model, args.tokenizer,
-                      engine_choice(args, world), args.samples)
-    budgets = args.budgets or world.budgets
-    results = sit_methods(setting, names, budgets, args.workers)
-    records = make_records(setting, results)
-    tables = exam_table, position_table, shortfall_table, difference_table
-    print("\n\n".join(filter(None, (table(records) for table in tables))))
-    report_failures(args, records)
-    note_on_one_exam(len(papers))
-    if args.out:
-        write_json(args.out, records)
-        print(f"wrote {args.out}")
-    if args.save:
-        from roi_lib.rollouts import save_rollouts
-
-        save_rollouts(args.save, setting, results, records, split)
-        print(f"wrote {args.save}")
-    if args.plot:
-        from roi_lib.plots import score_split, tokens_by_position, use_style
-
-        use_style()
-        first = [record for record in records if record["method"] == records[0]["method"]]
-        compared = any("rational" in record for record in records)
-        figure = (score_split(records, min(budgets)) if compared
-                  else tokens_by_position(first))
-        figure.savefig(args.plot)
-        print(f"wrote {args.plot}")
+def listed(info, kind: type):
+    """A list given as 64,128 or as 64 128: how tyro reads and shows it."""
+    return None if info.type != tuple[kind, ...] else tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*", metavar="A,B,...",
+        instance_from_str=lambda words: tuple(kind(w) for w in ",".join(words).split(",") if w),
+        is_instance=lambda x: isinstance(x, tuple) and all(isinstance(v, kind) for v in x),
+        str_from_instance=lambda x: [",".join(map(str, x))])
 
 
-def note_on_one_exam(exams: int) -> None:
-    """Say why there are no intervals."""
-    if exams == 1:
-        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
+REGISTRY = tyro.constructors.ConstructorRegistry()
+REGISTRY.primitive_rule(lambda info: listed(info, int))
+REGISTRY.primitive_rule(lambda info: listed(info, str))
 
 
-def method_names(world, given: list[str]) -> list[str]:
+@dataclass(frozen=True)
+class Run:
+    """Which world and methods, on how many papers, and how they run."""
+
+    world: str = "pocket"  # pocket (runs anywhere) or paper (real datasets, Qwen2.5)
+    methods: tuple[str, ...] = ("base",)  # all: every one whose checkpoint is there
+    exams: int = 512  # number of papers, drawn from the test split
+    seed: int = 0  # of papers, sampling and bootstrap
+    data: Path | None = None  # local folder with the paper world's datasets under their hub ids
+    engine: Literal["torch", "vllm", "openai", "replay"] = "torch"  # replay: from --log alone
+    dtype: str | None = None  # of the weights, as bfloat16; the world's own for tables
+    workers: int | None = None  # processes; as many as pay
+    log: Path | None = None  # folder of run logs; a run found there goes on
+    progress: bool = True  # progress bars on standard error
+
+
+@dataclass(frozen=True)
+class ExamRun(Run):
+    """What is sat, by whom, and where it is written."""
+
+    budgets: tuple[int, ...] = ()  # hard budgets in tokens; the world's own. Example: 64,128
+    orders: tuple[str, ...] = ORDERS  # of the papers; easy is always sat: Regret needs it
+    temperature: float = 1.0  # of sampling; 0 is greedy
+    problems_per_exam: int = 3  # problems a paper, tiers in turn
+    tiers: tuple[str, ...] = ()  # a tier a problem instead. Example: easy,hard,hard
+    samples: int = 4  # attempts a problem behind the method rational, a multiple of 4
+    model: str | None = None  # folder, hub id or id@revision for all methods
+    tokenizer: str | None = None  # folder or hub id, where it is not the checkpoint's own
+    problems: Path | None = None  # your own: JSON Lines of {"problem", "answer", "tier"}
+    papers: Path | None = None  # sit the papers of this list (JSON), with its seed
+    write_papers: Path | None = None  # write the list of the papers' ids, for somebody else
+    base_url: str | None = None  # openai: address of the server, up to /v1
+    api: Literal["completions", "chat"] = "completions"  # openai: token ids, or messages
+    key_variable: str = "OPENAI_API_KEY"  # openai: environment variable with the API key
+    concurrency: int = 8  # openai: requests at a time
+    retries: int = 4  # openai: further tries after a failure
+    timeout: float = 120.0  # openai: seconds a try
+    price: tuple[float, float] = (0.0, 0.0)  # openai: per million tokens, in and out
+    details: bool = False  # print every order with all its intervals
+    out: Path | None = None  # CSV file for the records
+    save: Path | None = None  # folder for records and rollouts, small enough to keep
+    plot: Path | None = None  # PNG: earned and lost; without rational, where the tokens went
+
+
+def check_writable(**options: Path | None) -> None:
+    """Refuse output files that cannot be written before the work starts."""
+    for name, path in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"{option} names something that is no file: {path}")
+
+
+def method_names(world: World, given: tuple[str, ...]) -> list[str]:
     """The methods that `--methods` names; "all" stands for those with a model that is there."""
-    from roi_lib.methods import available
+    from roi_lib.experiments.methods import available
 
     for name in given:
         if name != "all":
@@ -92,433 +100,308 @@ def method_names(world, given: list[str]) -> list[str]:
     return [name for word in given for name in (here if word == "all" else [word])]
 
 
-def exam_papers(args, world):
-    """The papers that the options of `exam` name, and their split; a manifest sets the seed."""
+def exam_papers(args: ExamRun, world: World):
+    """The papers that the options name, their split and their seed (a list has its own)."""
     from roi_lib.exams import draw_papers
-    from roi_lib.manifests import read_manifest, restore_papers
-    from roi_lib.sources import load_jsonl
+    from roi_lib.store.papers import read_paper_list, restore_papers
+    from roi_lib.store.sources import load_jsonl, load_pool
 
-    own = load_jsonl(args.problems) if args.problems else None
-    if not args.papers:
-        return draw_papers(world, args.exams, args.problems_per_exam, "test", args.seed,
-                           args.data, own, args.tiers), "test"
-    manifest = read_manifest(args.papers)
-    if manifest.world != world.name:
-        raise ValueError(f"{args.papers} holds papers of the world {manifest.world}; "
-                         f"give --world {manifest.world}")
-    args.seed = manifest.seed
-    return restore_papers(manifest, args.data, own), manifest.split
-
-
-def sweep(args) -> None:
-    """Let methods sit under one setting after another, into a CSV file."""
-    from roi_lib.evaluation import EngineChoice
-    from roi_lib.sweeps import points, run_sweep, write_sweep
-    from roi_lib.worlds import get_world
-
-    check_writable("--out", args.out)
-    world, rows = get_world(args.world), []
-    names, total = method_names(world, args.methods), len(points(world, args.sweep))
-    choice = EngineChoice(args.engine, log=args.log, every=args.progress or None,
-                          dtype=arithmetic(args, world))
-    for part in run_sweep(world, args.sweep, names, args.exams, args.seed, args.data, choice,
-                          args.workers):
-        rows += part
-        print(f"{len({row['x'] for row in rows})} settings done" if total > 1 else "done",
-              file=sys.stderr)
-    note_on_one_exam(args.exams)
-    write_sweep(args.out, rows)
-    print(f"wrote {args.out}: {len(rows)} rows")
+    split, listed = "test", read_paper_list(args.papers) if args.papers else None
+    if listed and listed.world != world.name:
+        raise ValueError(f"{args.papers} holds papers of the world {listed.world}; "
+                         f"give --world {listed.world}")
+    split = listed.split if listed else split
+    pool = load_jsonl(args.problems) if args.problems else load_pool(world, split, args.data)
+    if listed:
+        return restore_papers(listed, pool), split, listed.seed
+    return draw_papers(world, args.exams, args.problems_per_exam, split, args.seed, pool,
+                       args.tiers or None), split, args.seed
 
 
-def arithmetic(args, world) -> str | None:
-    """The torch engine's arithmetic: as `--dtype` has it, or the world's for tables."""
+def comparison_of(args: ExamRun, world: World, papers, seed: int):
+    """What the options say of a comparison."""
+    from roi_lib.engines import EngineConfig
+    from roi_lib.experiments.methods import Comparison
+
+    names = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout")
+    options = {name: getattr(args, name) for name in names} if args.engine == "openai" else {}
+    engine = EngineConfig(args.engine, options, args.log, args.progress, arithmetic(args, world))
+    return Comparison(world, papers, seed, args.temperature, args.model, args.tokenizer, engine,
+                      args.samples, tuple(o for o in ORDERS if o in (*args.orders, "easy")))
+
+
+def arithmetic(args: Run, world: World) -> str | None:
+    """The torch engine's arithmetic: as --dtype has it, or the world's for tables."""
     return args.dtype or (world.table_dtype if args.engine == "torch" else None)
 
 
-def engine_choice(args, world):
-    """The engine that the options of `exam` name."""
-    from roi_lib.evaluation import EngineChoice
+def exam(args: Omit[ExamRun]) -> None:
+    """Let methods take exams under hard token budgets, and compare them.
 
-    options = {}
-    if args.engine == "openai":
-        options = {"base_url": args.base_url, "api": args.api, "key_variable": args.key_variable,
-                   "concurrency": args.concurrency, "retries": args.retries,
-                   "timeout": args.timeout}
-    return EngineChoice(args.engine, options, args.log, args.progress or None,
-                        arithmetic(args, world))
+    Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128
+    """
+    from roi_lib.experiments.methods import run_methods
+    from roi_lib.experiments.table import make_records, save_comparison, show_details, show_order
+    from roi_lib.store.files import check_replaceable, write_csv, write_json
+    from roi_lib.store.papers import make_paper_list
+    from roi_lib.worlds import check_choice
+
+    check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
+    for order in args.orders:
+        check_choice("order", order, ORDERS)
+    if args.save:
+        check_replaceable(args.save)
+    world = get_world(args.world)
+    names = method_names(world, args.methods)
+    papers, split, seed = exam_papers(args, world)
+    if args.write_papers:
+        write_json(args.write_papers, asdict(make_paper_list(world, papers, split, seed)))
+    comparison = comparison_of(args, world, papers, seed)
+    results = run_methods(comparison, names, args.budgets or world.budgets, args.workers)
+    records = make_records(comparison, results)
+    order = comparison.orders[-1]
+    print(f"{order} order, {len(papers)} papers, seed {seed}, temperature {args.temperature:g}; "
+          f"in brackets 95 % intervals\n\n{show_order(records, order)}")
+    if args.details:
+        print(f"\n{show_details(records)}")
+    report(args, results, records)
+    if args.out:
+        write_csv(args.out, records.round(6))
+    if args.save:
+        save_comparison(args.save, comparison, results, records, split)
+    if args.plot:
+        plot_records(records, args.plot)
+    wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
+    print(f"\nwrote {', '.join(wrote)}" if wrote else
+          "\n--details prints the other orders; --out, --save and --plot write all of it")
+    if len(results.table) and results.table["failed"].ne("").all():
+        raise ValueError("every response failed, so there is no Score")
 
 
-def report_failures(args, records) -> None:
-    """What a server charged, and whether it left responses out."""
-    from roi_lib.engines import Usage
-
-    for record in records:
-        if "usage" in record:
-            print(f"{record['method']}: {Usage(**record['usage']).report(*args.price)}")
-    failed = sum(record["failed"] for record in records)
-    if failed:
+def report(args: ExamRun, results, records) -> None:
+    """What a server charged, what failed, and why there are no intervals."""
+    for method, usage in results.usage.items():
+        print(f"{method}: {usage.report(*args.price)}")
+    if failed := int(records["failed"].sum()):
         remedy = "run the same command again" if args.log else "use --log to keep the others"
         print(f"warning: {failed} responses failed and count as empty; {remedy}", file=sys.stderr)
+    if records["n_exams"].max() == 1:
+        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
 
 
-def osmckp(args) -> None:
-    """Solve one instance exactly."""
-    from roi_lib.osmckp import solve_document
+def plot_records(records, path: Path) -> None:
+    """What each method earned and lost; without the rational one, where the tokens went."""
+    from roi_lib.teaching.plots import score_split, tokens_by_position, use_style
 
-    try:
-        document = json.loads(args.instance.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
-        raise ValueError(f"{args.instance} is not JSON: {error}") from error
-    print(json.dumps(solve_document(document), indent=1))
-
-
-def train_pretrain(args) -> None:
-    """Pre-train the pocket base model."""
-    from roi_lib.pretrain import PretrainConfig, pretrain
-    from roi_lib.worlds import get_world
-
-    config = PretrainConfig(seed=args.seed, **({"steps": args.steps} if args.steps else {}))
-    pretrain(get_world(args.world), args.out, args.work, config)
+    use_style()
+    first = records[records["method"] == records["method"].iloc[0]]
+    figure = (score_split(records, int(records["budget"].min())) if "rational" in records
+              else tokens_by_position(first))
+    figure.savefig(path)
 
 
-def train_mft(args) -> None:
-    """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips."""
-    from roi_lib.mft import run
-    from roi_lib.worlds import get_world
+def sweep(what: tyro.conf.Positional[str], out: Path, args: Omit[Run]) -> None:
+    """Compare methods along one thing: budget, problems, mix or temperature; into a CSV file.
 
-    world = get_world(args.world)
-    run(world, args.out or Path(f"data/{world.name}-mft"), args.work,
-        change(world.mft, args.set), args.model, args.engine, args.data)
-
-
-def change(recipe, settings: list[str]):
-    """A recipe with some fields changed by `name=value`, those of a recipe inside by `a.b=value`.
-
-    Several values are separated by commas, as in budgets=64,128.
-
-    Raises:
-        ValueError: unknown name, or a value of another kind.
+    Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv
     """
-    for setting in settings:
-        path, _, text = setting.partition("=")
-        name, _, inner = path.partition(".")
-        if not hasattr(recipe, name) or inner and not is_dataclass(getattr(recipe, name)):
-            known = ", ".join(asdict(recipe))
-            raise ValueError(f"the recipe has no {path!r}; choose from {known}")
-        old = getattr(recipe, name)
-        value = change(old, [f"{inner}={text}"]) if inner else read_value(type(old), text, setting)
-        recipe = replace(recipe, **{name: value})
-    return recipe
+    from roi_lib.engines import EngineConfig
+    from roi_lib.experiments.sweeps import run_sweep
+    from roi_lib.store.files import write_csv
+    from roi_lib.store.sources import load_pool
+
+    check_writable(out=out)
+    world = get_world(args.world)
+    config = EngineConfig(args.engine, {}, args.log, args.progress, arithmetic(args, world))
+    table = run_sweep(world, what, method_names(world, args.methods), args.exams, args.seed,
+                      load_pool(world, "test", args.data), config, args.workers)
+    write_csv(out, table)
+    print(f"wrote {out}: {len(table)} rows")
 
 
-def read_value(kind: type, text: str, setting: str):
-    """The value of a setting, of that kind.
+def osmckp(instance: tyro.conf.Positional[Path]) -> None:
+    """Solve one instance of OS-MCKP exactly, from a JSON file.
 
-    Raises:
-        ValueError: it is of another kind.
+    Example: python -m roi_lib osmckp INSTANCE.json
     """
-    try:
-        value = text if kind is str else json.loads(f"[{text}]" if kind is tuple else text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--set {setting}: the value must be a {kind.__name__}") from error
-    if kind is tuple:
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    if not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError(f"--set {setting}: the value must be a {kind.__name__}")
-    return value
+    from roi_lib.store.instances import read_instance, solve_document
+
+    print(json.dumps(solve_document(read_instance(instance)), indent=1))
 
 
-def train_rarl(args) -> None:
-    """Rationality-Aware RL: from the MFT model to one that allocates its budget."""
-    from roi_lib.rarl_run import run
-    from roi_lib.worlds import get_world
+def diagnose(log: tyro.conf.Positional[Path]) -> None:
+    """Say why a run of RARL does not learn, from its log.csv.
 
-    world = get_world(args.world)
-    recipe = change(world.rarl, [f"seed={args.seed}", *args.set])
-    run(world, args.out or Path(f"data/{world.name}-rarl"), args.work, recipe, args.model,
-        args.papers, args.engine, args.vllm_url, args.data)
+    Example: python -m roi_lib diagnose data/pocket-rarl/log.csv
+    """
+    from roi_lib.experiments import diagnosis
 
-
-def train_ablations(args) -> None:
-    """RARL again and again with one thing changed, in one table."""
-    from roi_lib.ablations import EXAMS, STEPS, ablate
-    from roi_lib.worlds import get_world
-
-    check_writable("--out", args.out)
-    world = get_world(args.world)
-    recipe = change(world.rarl, [f"steps={STEPS}", f"exams={EXAMS}", f"seed={args.seed}",
-                                 *args.set])
-    ablate(world, recipe, args.work, args.out, args.variants, args.papers, args.jobs,
-           args.threads, args.data)
-    print(f"wrote {args.out}")
+    print(diagnosis.report(diagnosis.diagnose(log)))
 
 
-def train_tokenizer(args) -> None:
-    """Make a world's own tokenizer."""
-    from roi_lib.tokenizer import make_tokenizer
-    from roi_lib.worlds import DATA, get_world
+def snapshots(out: Path, work: tuple[Path, ...] = (Path("runs/rarl"),), world: str = "pocket",
+              papers: int = 200, seed: int = 1, data: Path | None = None) -> None:
+    """Look at the models that a run of RARL kept: when did it learn to skip?
 
-    world = get_world(args.world)
-    make_tokenizer(world, args.out or DATA / world.tokenizer, args.data)
+    Example: python -m roi_lib snapshots --work runs/rarl --out snapshots.json
+    """
+    from roi_lib.experiments.snapshots import snapshot_report
+    from roi_lib.store.files import write_json
+    from roi_lib.store.sources import load_pool
 
-
-def bench_osmckp(args) -> None:
-    """Time the exact solver beside a mixed-integer program."""
-    from roi_lib.bench_osmckp import bench
-
-    run_bench(bench, args.out)
-
-
-def bench_generation(args) -> None:
-    """Time the torch engine beside transformers' generate and vLLM."""
-    from roi_lib.bench_generation import bench
-
-    run_bench(bench, args.out)
+    check_writable(out=out)
+    place = get_world(world)
+    write_json(out, snapshot_report(place, work, papers, seed, load_pool(place, "test", data)))
+    print(f"wrote {out}")
 
 
-def bench_rarl(args) -> None:
-    """Time a step of RARL beside one of TRL's GRPOTrainer."""
-    from roi_lib.bench_rarl import bench
+def doctor() -> None:
+    """Check the installation: versions, checkpoints, and how to mend what is wrong.
 
-    run_bench(bench, args.out)
+    Example: python -m roi_lib doctor
+    """
+    from roi_lib.teaching.doctor import check_installation
+
+    if not check_installation():
+        sys.exit(1)
 
 
-def run_bench(bench, out: Path | None) -> None:
-    """Print what a benchmark measures, and write it to `out` if given."""
-    check_writable("--out", out)
-    result = bench()
+# ---------------------------------------------------------------- train
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage of training starts, works and ends."""
+
+    world: str = "pocket"  # the recipe's defaults are that world's
+    model: str | None = None  # checkpoint to start from; the world's own for this stage
+    engine: str = "torch"  # samples: torch, vllm (mft); colocate, server (rarl, through TRL)
+    vllm_url: str | None = None  # for engine server: address of a running `trl vllm-serve`
+    papers: int = 2_000  # rarl: unseen papers behind the card
+    data: Path | None = None  # local folder with the paper world's datasets
+    work: Path | None = None  # log and states, runs/STAGE; a run found there goes on
+    out: Path | None = None  # the checkpoint; data/WORLD-STAGE
+
+    def folders(self, stage: str) -> tuple[Path, Path]:
+        """Where the checkpoint goes, and where the run lives."""
+        return (self.out or Path(f"data/{self.world}-{stage}"),
+                self.work or Path(f"runs/{stage}"))
+
+
+def train_commands(world: World) -> dict[str, Callable]:
+    """The stages of training; the defaults of their recipes hang on the world."""
+    from roi_lib.training.recipes import PretrainRecipe
+
+    start, short = Stage(world.name), replace(world.rarl, steps=120, exams=8)
+    long = PretrainRecipe()
+
+    def tokenizer(stage: Omit[Stage] = start) -> None:
+        """Make a world's own tokenizer, in --out or in its own folder below data/.
+
+        Example: python -m roi_lib train tokenizer --out runs/tokenizer
+        """
+        from roi_lib.store.files import DATA
+        from roi_lib.store.tokenizers import make_tokenizer
+
+        make_tokenizer(world, stage.out or DATA / world.tokenizer, stage.data)
+
+    def pretrain(recipe: Omit[PretrainRecipe] = long, stage: Omit[Stage] = start):
+        """Pre-train the base model of a world of generated problems, about an hour.
+
+        Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base
+        """
+        from roi_lib.training.pretrain import pretrain
+
+        out, work = stage.folders("pretrain")
+        pretrain(world, stage.out or out.with_name(f"{world.name}-base"), work, recipe)
+
+    def mft(recipe: Omit[MFTRecipe] = world.mft, stage: Omit[Stage] = start) -> None:
+        """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips.
+
+        Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out
+        """
+        from roi_lib.training.mft import train_mft
+
+        train_mft(world, *stage.folders("mft"), recipe, stage.model, stage.engine, stage.data)
+
+    def rarl(recipe: Omit[RARLRecipe] = world.rarl, stage: Omit[Stage] = start) -> None:
+        """Rationality-Aware RL: from the MFT model to one that allocates its budget.
+
+        Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out
+        """
+        from roi_lib.training.rarl import train_rarl
+
+        train_rarl(world, *stage.folders("rarl"), recipe, stage.model, stage.papers, stage.engine,
+                   stage.vllm_url, stage.data)
+
+    def ablations(variants: tuple[str, ...] = (), recipe: Omit[RARLRecipe] = short,
+                  stage: Omit[Stage] = replace(start, papers=400), jobs: int = 2,  # noqa: B008
+                  threads: int = 1) -> None:
+        """RARL again and again with one thing changed, in one table and a folder of logs.
+
+        Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv
+
+        Args:
+            variants: which ones; all of them unless given.
+            jobs: runs at a time.
+            threads: threads of each run.
+        """
+        from roi_lib.experiments.ablations import ablate
+        from roi_lib.store.sources import load_pool
+
+        out = stage.out or Path("data/ablations.csv")
+        check_writable(out=out)
+        ablate(world, recipe, stage.work or Path("runs/ablations"), out, variants, stage.papers,
+               jobs, threads, *(load_pool(world, split, stage.data) for split in SPLITS))
+        print(f"wrote {out}")
+
+    return {f.__name__: f for f in (tokenizer, pretrain, mft, rarl, ablations)}
+
+
+# ---------------------------------------------------------------- bench
+def bench(what: tyro.conf.Positional[Literal["osmckp", "generation", "rarl"]],
+          out: Path | None = None) -> None:
+    """Measure side by side: scipy's milp; transformers' generate and vLLM; TRL's GRPOTrainer.
+
+    Example: python -m roi_lib bench generation --out bench.json
+    """
+    from importlib import import_module
+
+    from roi_lib.store.files import write_json
+
+    check_writable(out=out)
+    result = import_module(f"roi_lib.experiments.bench_{what}").bench()
     print(json.dumps(result, indent=1))
     if out:
         write_json(out, result)
 
 
-def diagnose(args) -> None:
-    """Say why a RARL run does not learn, from its log."""
-    from roi_lib.diagnosis import diagnose, report
+def seeds(checkpoints: tyro.conf.Positional[tuple[str, ...]], out: Path) -> None:
+    """Put checkpoints of RARL from several seeds into one table, given as SEED=FOLDER.
 
-    print(report(diagnose(args.log)))
+    Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv
+    """
+    from roi_lib.experiments.ablations import write_seeds
 
-
-def moments(args) -> None:
-    """Look at the models that a RARL run kept: when did it learn to skip?"""
-    from roi_lib.moments import moments
-    from roi_lib.worlds import get_world
-
-    check_writable("--out", args.out)
-    write_json(args.out, moments(get_world(args.world), args.work, args.papers, args.seed,
-                                 args.data))
-    print(f"wrote {args.out}")
-
-
-def seeds(args) -> None:
-    """Put RARL checkpoints of several seeds into one table."""
-    from roi_lib.moments import write_seeds
-
-    check_writable("--out", args.out)
-    write_seeds(args.checkpoints, args.out)
-    print(f"wrote {args.out}")
-
-
-def doctor(args) -> None:
-    """Check the environment."""
-    from roi_lib.doctor import check_environment
-
-    if not check_environment():
-        sys.exit(1)
-
-
-def numbers(text: str) -> list[int]:
-    """A comma-separated list of whole numbers."""
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    """A comma-separated list of names."""
-    return text.split(",")
-
-
-def seeded_folder(text: str) -> tuple[int, Path]:
-    """A seed and a folder, as 1=runs/rarl-1-out."""
-    seed, _, folder = text.partition("=")
-    return int(seed), Path(folder)
-
-
-def prices(text: str) -> list[float]:
-    """Two prices per million tokens: in, out."""
-    price_in, price_out = (float(part) for part in text.split(","))
-    return [price_in, price_out]
-
-
-def add_world_options(command) -> None:
-    """Which world, and where its datasets lie."""
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
-
-
-def add_run_options(command) -> None:
-    """The options of `exam` and `sweep` about how they run."""
-    command.add_argument("--engine", default="torch", help="torch, vllm, openai or replay")
-    command.add_argument("--log", type=Path, help="folder of run logs; a run found there goes on")
-    command.add_argument("--workers", type=int, help="processes; by itself as many as pay")
-    command.add_argument("--dtype", help="float32 or float64; the world's own for tables")
-    command.add_argument("--progress", type=float, default=10.0,
-                         help="seconds between progress lines on standard error; 0 for none")
-
-
-def add_engine_options(command) -> None:
-    """The options of `exam` that choose who answers."""
-    add_run_options(command)
-    command.add_argument("--base-url", help="openai: address of the server, up to /v1")
-    command.add_argument("--api", default="completions",
-                         help="openai: completions (token ids, as vLLM serves them) or chat")
-    command.add_argument("--key-variable", default="OPENAI_API_KEY",
-                         help="openai: environment variable that holds the API key")
-    command.add_argument("--concurrency", type=int, default=8, help="openai: requests at a time")
-    command.add_argument("--retries", type=int, default=4, help="openai: further tries")
-    command.add_argument("--timeout", type=float, default=120.0, help="openai: seconds a try")
-    command.add_argument("--price", type=prices, default=[0.0, 0.0],
-                         help="openai: per million tokens, in and out, as 0.15,0.60")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m roi_lib", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    def add(group, name, run):
-        command = group.add_parser(name, help=run.__doc__.splitlines()[0],
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(run=run)
-        return command
-
-    command = add(commands, "exam", exam)
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--methods", type=names, default=["base"],
-                         help="comma-separated; all: every one whose checkpoint is there")
-    command.add_argument("--budgets", type=numbers, help="tokens, comma-separated; the world's own")
-    command.add_argument("--exams", type=int, default=512, help="number of papers")
-    command.add_argument("--problems-per-exam", type=int, default=3, help="problems a paper")
-    command.add_argument("--tiers", type=names, help="a tier a problem, comma-separated, instead")
-    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    command.add_argument("--seed", type=int, default=0, help="of papers, sampling and bootstrap")
-    command.add_argument("--model", help="checkpoint folder or hub id instead of the method's own")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
-    command.add_argument("--problems", type=Path, help="JSON Lines of {problem, answer, tier}")
-    command.add_argument("--papers", type=Path, help="sit this manifest's papers, with its seed")
-    command.add_argument("--write-papers", type=Path, help="write the papers' manifest (JSON)")
-    command.add_argument("--samples", type=int, default=4,
-                         help="attempts a problem behind the method optimal, a multiple of 4")
-    command.add_argument("--tokenizer", help="folder or hub id, where it is not the checkpoint's")
-    add_engine_options(command)
-    command.add_argument("--out", type=Path, help="JSON file for the records")
-    command.add_argument("--save", type=Path, help="folder for records and rollouts, compact")
-    command.add_argument("--plot", type=Path,
-                         help="picture (PNG): what each method earned and lost, where the rational "
-                              "one is among them; else where the first one's tokens went")
-
-    command = add(commands, "sweep", sweep)
-    command.add_argument("sweep", help="budget, problems, mix or temperature")
-    command.add_argument("--world", default="pocket", help="pocket or paper")
-    command.add_argument("--methods", type=names, default=["base"],
-                         help="comma-separated; all: every one whose checkpoint is there")
-    command.add_argument("--exams", type=int, default=256, help="papers a setting")
-    command.add_argument("--seed", type=int, default=0, help="of papers, sampling and bootstrap")
-    command.add_argument("--data", type=Path, help="local root of the paper world's datasets")
-    add_run_options(command)
-    command.add_argument("--out", type=Path, required=True, help="CSV file")
-
-    command = add(commands, "osmckp", osmckp)
-    command.add_argument("instance", type=Path, help="JSON file")
-
-    stages = commands.add_parser("train", help="Train a stage.").add_subparsers(
-        required=True, metavar="stage")
-    command = add(stages, "pretrain", train_pretrain)
-    command.add_argument("--world", default="pocket", help="a world of generated problems")
-    command.add_argument("--steps", type=int, help="optimizer steps; the recipe's own")
-    command.add_argument("--seed", type=int, default=0, help="of weights and data")
-    command.add_argument("--work", type=Path, default=Path("runs/pretrain"),
-                         help="training state and log; a run found there is continued")
-    command.add_argument("--out", type=Path, default=Path("data/pocket-base"), help="checkpoint")
-    command = add(stages, "mft", train_mft)
-    add_world_options(command)
-    command.add_argument("--model", help="checkpoint to start from; the world's base")
-    command.add_argument("--engine", default="torch", help="samples the answers: torch or vllm")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                         help="change the recipe, for example samples=4; may be repeated")
-    command.add_argument("--work", type=Path, default=Path("runs/mft"),
-                         help="samples, log and states; a run found there is continued")
-    command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-mft")
-    command = add(stages, "rarl", train_rarl)
-    add_world_options(command)
-    command.add_argument("--model", help="checkpoint to start from; the world's MFT model")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                         help="change the recipe, for example steps=120, budgets=64,128 or "
-                         "trl.rows_at_once=2; may be repeated")
-    command.add_argument("--seed", type=int, default=0, help="of papers, orders and rollouts")
-    command.add_argument("--papers", type=int, default=2_000,
-                         help="unseen papers behind the card")
-    command.add_argument("--engine", default="torch",
-                         help="samples the rollouts: torch; with TRL's trainer also colocate "
-                         "(vLLM in the same process) or server")
-    command.add_argument("--vllm-url", help="server: address of a running `trl vllm-serve`")
-    command.add_argument("--work", type=Path, default=Path("runs/rarl"),
-                         help="log, states, responses; a run found there is continued")
-    command.add_argument("--out", type=Path, help="checkpoint; data/WORLD-rarl")
-    command = add(stages, "ablations", train_ablations)
-    add_world_options(command)
-    command.add_argument("--variants", type=names, default=[], help="comma-separated; all")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                         help="change the recipe of all; steps=120 and exams=8 unless set")
-    command.add_argument("--seed", type=int, default=0, help="of papers, orders and rollouts")
-    command.add_argument("--papers", type=int, default=400, help="unseen papers to measure on")
-    command.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    command.add_argument("--threads", type=int, default=1, help="threads of each run")
-    command.add_argument("--work", type=Path, default=Path("runs/ablations"),
-                         help="what the runs keep; the same command goes on where it stopped")
-    command.add_argument("--out", type=Path, default=Path("data/ablations.csv"),
-                         help="the table; the runs' logs go into a folder of that name")
-    command = add(stages, "tokenizer", train_tokenizer)
-    add_world_options(command)
-    command.add_argument("--out", type=Path, help="folder; the world's own below data/")
-
-    benches = commands.add_parser("bench", help="Measure side by side.").add_subparsers(
-        required=True, metavar="what")
-    command = add(benches, "osmckp", bench_osmckp)
-    command.add_argument("--out", type=Path, help="JSON file")
-    command = add(benches, "generation", bench_generation)
-    command.add_argument("--out", type=Path, help="JSON file")
-
-    command = add(benches, "rarl", bench_rarl)
-    command.add_argument("--out", type=Path, help="JSON file")
-
-    command = add(commands, "diagnose", diagnose)
-    command.add_argument("log", type=Path, help="log.csv of a RARL run")
-
-    command = add(commands, "moments", moments)
-    add_world_options(command)
-    command.add_argument("--work", type=Path, nargs="+", default=[Path("runs/rarl")],
-                         help="the --work of `train rarl`, which holds the kept models; several, "
-                         "where a shorter run of the same recipe kept more of the beginning")
-    command.add_argument("--papers", type=int, default=200, help="unseen papers, in all orders")
-    command.add_argument("--seed", type=int, default=1, help="of papers and sampling")
-    command.add_argument("--out", type=Path, required=True, help="JSON file")
-
-    command = add(commands, "seeds", seeds)
-    command.add_argument("checkpoints", type=seeded_folder, nargs="+", metavar="SEED=FOLDER",
-                         help="checkpoints of `train rarl`, as 0=data/pocket-rarl 1=runs/rarl-1")
-    command.add_argument("--out", type=Path, required=True,
-                         help="the table (CSV); the runs' logs go into a folder of that name")
-
-    add(commands, "doctor", doctor)
-    return parser
+    check_writable(out=out)
+    write_seeds([(int(word.partition("=")[0]), Path(word.partition("=")[2]))
+                 for word in checkpoints], out)
+    print(f"wrote {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command."""
-    args = build_parser().parse_args(arguments)
+    """Run one command; what a user can get wrong ends in one sentence and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     try:
-        args.run(args)
+        after = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+        world = get_world(after.get("--world", "pocket"))
+        train, app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+        for name, command in train_commands(world).items():
+            train.command(command, name=name)
+        for command in (exam, sweep, osmckp, bench, diagnose, snapshots, seeds, doctor):
+            app.command(command)
+        app.command(train, name="train", help="Train a stage: tokenizer, pretrain, mft, rarl.")
+        app.cli(prog="python -m roi_lib", description=__doc__, args=arguments, config=config,
+                registry=REGISTRY)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

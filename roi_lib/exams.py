@@ -1,22 +1,25 @@
 """Exams: papers of N problems, their orders, their prompts, and what a response means.
 
-A paper (`Exam`) is a tuple of problems in the order in which they must be answered. The same
-problems are sat in three orders: `easy` (easy to hard), `hard` (hard to easy) and `medium` (a
-seeded shuffle that is neither). A response is cut into one `Segment` a problem, whose costs in
-tokens, with those of the preamble before the first header, add up to the whole response.
+    draw_papers, order_problems, in_orders   papers, and the orders in which they are sat
+    Environment                              world and tokenizer, bound once: prompts, ids, parsing
+    Segment, Response                        a response cut into one segment a problem
+
+A paper is a tuple of problems; an `Exam` is a paper in the order in which it must be answered:
+`easy` (easy to hard), `hard` (hard to easy) or `medium` (a seeded shuffle that is neither). The
+costs of a response's segments, in tokens, with those of the preamble before the first header, add
+up to the whole response. Notebook 02.
 """
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import cycle, islice
-from pathlib import Path
 
-from roi_lib.problems import Problem, closing_brace
-from roi_lib.sources import problem_stream
-from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, World
+from roi_lib.problems import Problem, closing_brace, problem_stream
+from roi_lib.worlds import ORDERS, SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, World, check_choice
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,22 @@ def draw_papers(
     n_problems: int = 3,
     split: str = "test",
     seed: int = 0,
-    root: Path | None = None,
-    problems: list[Problem] | None = None,
+    pool: Sequence[Problem] | None = None,
     tiers: Sequence[str] | None = None,
 ) -> list[tuple[Problem, ...]]:
     """Papers of `n_problems` each, tiers in turn (one of each for three), from easy to hard.
 
     Args:
-        root: local folder of the datasets (see `sources.load_problems`).
-        problems: a pool of your own instead of the world's sources.
+        pool: problems to draw from, where the world does not generate its own.
         tiers: the mix instead, one tier a problem; `n_problems` does not count then.
-
-    Raises:
-        ValueError: fewer than one paper or problem, an unknown tier, or one without enough
-            problems.
     """
-    if tiers is not None:
-        n_problems = len(tiers)
-    if n_papers < 1 or n_problems < 1:
+    tiers = tiers or [TIERS[i % len(TIERS)] for i in range(n_problems)]
+    if n_papers < 1 or not tiers:
         raise ValueError(f"cannot draw {n_papers} papers of {n_problems} problems: "
                          "both numbers must be at least 1")
-    tiers = tiers or [TIERS[i % len(TIERS)] for i in range(n_problems)]
-    unknown = set(tiers) - set(TIERS)
-    if unknown:
-        raise ValueError(f"unknown tier {min(unknown)!r}; choose from {', '.join(TIERS)}")
-    streams = {tier: problem_stream(world, tier, split, seed, root, problems) for tier in tiers}
+    for tier in tiers:
+        check_choice("tier", tier, TIERS)
+    streams = {tier: problem_stream(world, tier, split, seed, pool) for tier in tiers}
     papers = []
     for _ in range(n_papers):
         paper: dict[str, Problem] = {}
@@ -77,17 +71,13 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
     `easy` sorts by tier from easy to hard, `hard` the other way round; both keep the given order
     within a tier. `medium` is a permutation drawn with `seed` among those that give neither of
     the two sequences of tiers (of all permutations, where there are no others).
-
-    Raises:
-        ValueError: unknown order.
     """
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; choose from {', '.join(ORDERS)}")
+    check_choice("order", order, ORDERS)
     easy = sorted(problems, key=lambda p: TIERS.index(p.tier))
     hard = sorted(problems, key=lambda p: -TIERS.index(p.tier))
     if order != "medium":
         return tuple(easy if order == "easy" else hard)
-    sorted_tiers = [[p.tier for p in way] for way in (easy, hard)]
+    sorted_tiers = [[p.tier for p in direction] for direction in (easy, hard)]
     rng, shuffled = random.Random(f"{seed}/medium"), list(problems)
     mixable = len(problems) > 2 and len(set(sorted_tiers[0])) > 1
     while True:
@@ -99,41 +89,9 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
 def in_orders(
     papers: Sequence[Sequence[Problem]], orders: Sequence[str], seed: int
 ) -> list[Exam]:
-    """An exam of each paper, the orders taken in turn; `seed` is of the medium ones.
-
-    Raises:
-        ValueError: unknown order.
-    """
+    """An exam of each paper, the orders taken in turn; `seed` is of the medium ones."""
     return [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
             for i, (paper, order) in enumerate(zip(papers, cycle(orders), strict=False))]
-
-
-def problem_block(world: World, problems: Sequence[Problem]) -> str:
-    """The statements under their headers, one line each.
-
-    White space inside is folded, and what no encoding knows (a lone surrogate) becomes `?`.
-    """
-    lines = "\n".join(
-        f"{world.header.format(i=i)} {' '.join(p.text.split())}"
-        for i, p in enumerate(problems, start=1)
-    )
-    return lines.encode(errors="replace").decode()
-
-
-def exam_prompt(world: World, exam: Exam, budget: int, style: str = "direct") -> str:
-    """The user message of an exam: instruction with the budget in tokens, then the statements.
-
-    Raises:
-        ValueError: empty exam, or a prompting style that the world does not have.
-    """
-    if not exam.problems:
-        raise ValueError("an exam needs at least one problem")
-    if style not in world.prompts:
-        raise ValueError(f"world {world.name} has no prompting style {style!r}; "
-                         f"choose from {', '.join(world.prompts)}")
-    return world.prompts[style].format(
-        budget=budget, n=len(exam.problems), problems=problem_block(world, exam.problems)
-    )
 
 
 def tag(level: int) -> str:
@@ -141,73 +99,14 @@ def tag(level: int) -> str:
     return f"{TAG_OPEN}Level-{level}{TAG_CLOSE}"
 
 
-def reference_response(
-    world: World, problems: Sequence[Problem], style: str = "direct", skip: Sequence[bool] = (),
-    levels: Sequence[int] = (),
-) -> str:
-    """The worked solutions in order, under their headers; what a faultless writer would write.
-
-    Plan-and-Solve opens with a plan of all problems, Least-to-Most with a rating of each; both
-    cost tokens like any other.
-
-    Args:
-        skip: one flag a problem; where it is set, a skip stands in for the solution.
-        levels: one a problem, to be written as its tag.
-    """
-    headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
-    names = [header.strip("#. ") for header in headers]  # to be taken for no header
-    parts = []
-    if style == "plan_and_solve":
-        plans = [f"{name} {p.plan or 'solve'}" for name, p in zip(names, problems, strict=True)]
-        parts.append(f"Plan: {'; '.join(plans)}.")
-    if style == "least_to_most":
-        ratings = [f"{name} {p.tier}" for name, p in zip(names, problems, strict=True)]
-        parts.append(f"Rating: {'; '.join(ratings)}.")
-    tags = [f"{tag(level)} " for level in levels] or [""] * len(problems)
-    skip = skip or [False] * len(problems)
-    for header, first, p, skipped in zip(headers, tags, problems, skip, strict=True):
-        words = f"\\boxed{{{SKIP_ANSWER}}}" if skipped else p.solution
-        parts.append(f"{header}\n{first}{words}")
-    return "\n".join(parts)
-
-
-_SENTINEL = "roi-lib-user-message"
-
-
-def encode_prompt(tokenizer, message: str) -> list[int]:
-    """Token ids of one user message in the tokenizer's chat template, ready for generation.
-
-    The template is encoded with its control tokens, the message without: a statement that holds
-    `<|im_end|>` stays plain text (FAULTS F14).
-    """
-    return encode_prompts(tokenizer, [message])[0]
-
-
-def encode_prompts(tokenizer, messages: Sequence[str]) -> list[list[int]]:
-    """The same for many messages at once, which takes a fraction of the time."""
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
-    )
-    before, after = tokenizer(chat.split(_SENTINEL), add_special_tokens=False).input_ids
-    encoded = tokenizer(list(messages), add_special_tokens=False, split_special_tokens=True)
-    return [before + ids + after for ids in encoded.input_ids]
-
-
 @dataclass(frozen=True)
 class Segment:
-    """What a response holds for one problem.
+    """What a response holds for one problem."""
 
-    Attributes:
-        cost: tokens charged to the problem: header, tag, working, answer.
-        text: the words of its segment ("" where the response never reached it).
-        answer: content of the first closed `\\boxed{}` (None: no such box, or an empty one).
-        level: the predicted level of the first well-formed tag before that box, or None.
-    """
-
-    cost: int
-    text: str
-    answer: str | None
-    level: int | None
+    cost: int  # tokens charged to the problem: header, tag, working, answer
+    text: str  # the words of its segment ("" where the response never reached it)
+    answer: str | None  # content of the first closed `\\boxed{}` (None: none, or an empty one)
+    level: int | None  # predicted level of the first well-formed tag before that box
 
     @property
     def skipped(self) -> bool:
@@ -219,18 +118,14 @@ class Segment:
 class Response:
     """A response cut into segments: `preamble + sum(costs) == total`, all in tokens.
 
-    Attributes:
-        segments: one a problem, in the order of the paper.
-        preamble: tokens before the first header (a plan, an assessment).
-        total: all tokens of the response.
-        revisits: headers that do not lead forward. What follows a header that goes back to a
-            problem already left is charged to it, but never read for an answer: no revisiting.
+    What follows a header that goes back to a problem already left is charged to it, but never read
+    for an answer: no revisiting.
     """
 
-    segments: tuple[Segment, ...]
-    preamble: int
-    total: int
-    revisits: int
+    segments: tuple[Segment, ...]  # one a problem, in the order of the paper
+    preamble: int  # tokens before the first header (a plan, an assessment)
+    total: int  # all tokens of the response
+    revisits: int  # headers that do not lead forward
 
 
 def boxed(text: str) -> tuple[str, int] | None:
@@ -249,53 +144,107 @@ def boxed(text: str) -> tuple[str, int] | None:
 
 
 _TAG = re.compile(re.escape(TAG_OPEN) + r"\s*Level-(\d+)\s*" + re.escape(TAG_CLOSE))
+_MESSAGE = "roi-lib-user-message"
 
 
-def read_segment(world: World, cost: int, text: str) -> Segment:
-    """Answer and predicted level of one problem's words."""
-    box = boxed(text)
-    answer, end = box if box else (None, len(text))
-    tag = _TAG.search(text, 0, end)
-    level = int(tag[1]) if tag and int(tag[1]) <= world.skip_level else None
-    return Segment(cost, text, answer, level)
+@dataclass(frozen=True)
+class Environment:
+    """A world and a tokenizer, bound once: what turns exams into token ids, and back. It is made by
+    `store.checkpoints.load_environment`."""
 
+    world: World
+    tokenizer: object  # any tokenizer of transformers
 
-def parse_response(world: World, tokenizer, ids: Sequence[int], n: int) -> Response:
-    """Cut a response to an exam of `n` problems into segments with token-exact costs.
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any added ones."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    A segment runs from its header to the next one. Text and tokens are matched by decoding
-    prefixes of `ids`; nothing is ever encoded again. A response to a single problem may leave
-    its header out.
-    """
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    headers = [m for m in re.finditer(world.header_pattern, text) if 1 <= int(m[1]) <= n]
-    if n == 1 and not headers:
-        return Response((read_segment(world, len(ids), text),), 0, len(ids), 0)
+    def encode_data(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts in which `<|im_end|>` and the like are words, no control tokens."""
+        return self.tokenizer(list(texts), add_special_tokens=False,
+                              split_special_tokens=True).input_ids if texts else []
 
-    @cache
-    def end_of(k: int) -> int:
-        """Where in the text token `k` ends."""
-        return len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) if k >= 0 else 0
+    def message(self, exam: Exam, budget: int, style: str = "direct") -> str:
+        """The user message of an exam: instruction with the budget in tokens, then the statements.
 
-    def token_at(position: int) -> int:
-        """Index of the token that holds the character at `position`, by interpolation."""
-        low, high = -1, len(ids) - 1  # it is above the first of these, and not above the second
-        while high - low > 1:
-            share = (position - end_of(low)) / (end_of(high) - end_of(low))
-            k = min(max(low + round(share * (high - low)), low + 1), high - 1)
-            low, high = (k, high) if end_of(k) <= position else (low, k)
-        return high
+        White space in a statement is folded, and what no encoding knows becomes `?`.
+        """
+        check_choice("style", style, self.world.prompts)
+        if not exam.problems:
+            raise ValueError("an exam needs at least one problem")
+        statements = "\n".join(f"{self.world.header.format(i=i)} {' '.join(p.text.split())}"
+                               for i, p in enumerate(exam.problems, start=1))
+        return self.world.prompts[style].format(
+            budget=budget, n=len(exam.problems),
+            problems=statements.encode(errors="replace").decode())
 
-    numbers = [int(header[1]) for header in headers]
-    places = [header.start() for header in headers] + [len(text)]
-    starts = [token_at(place) for place in places[:-1]] + [len(ids)]
-    texts, costs, revisits = [""] * n, [0] * n, 0
-    for i, number in enumerate(numbers):
-        costs[number - 1] += starts[i + 1] - starts[i]
-        forward = number > max(numbers[:i], default=0)
-        still_here = set(numbers[numbers.index(number) : i]) == {number}
-        revisits += not forward
-        if forward or still_here:
-            texts[number - 1] += text[places[i] : places[i + 1]]
-    segments = tuple(read_segment(world, c, t) for c, t in zip(costs, texts, strict=True))
-    return Response(segments, starts[0], len(ids), revisits)
+    @cached_property
+    def _template(self) -> tuple[list[int], list[int]]:
+        """Token ids of the chat template before and after the user message."""
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MESSAGE}], tokenize=False, add_generation_prompt=True)
+        before, after = map(self.encode, chat.split(_MESSAGE))
+        return before, after
+
+    def prompts(self, messages: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of user messages in the chat template, ready for generation.
+
+        The template is encoded with its control tokens, the messages without: a statement that
+        holds `<|im_end|>` stays plain text.
+        """
+        before, after = self._template
+        return [tuple(before + ids + after) for ids in self.encode_data(messages)]
+
+    def prompt(self, exam: Exam, budget: int, style: str = "direct") -> tuple[int, ...]:
+        """The same of one exam; see `message`."""
+        return self.prompts([self.message(exam, budget, style)])[0]
+
+    @cached_property
+    def smallest_budget(self) -> int:
+        """Tokens of one header with one tag: under a smaller budget nothing can be said."""
+        return len(self.encode(f"{self.world.header.format(i=1)} {tag(self.world.skip_level)}"))
+
+    def check_budget(self, budget: int) -> None:
+        """Refuse a budget under which nothing can be said, with a `ValueError`."""
+        if budget < self.smallest_budget:
+            raise ValueError(f"budget {budget} is smaller than one level tag with its header; "
+                             f"give at least {self.smallest_budget} tokens")
+
+    def read_segment(self, cost: int, text: str) -> Segment:
+        """Answer and predicted level of one problem's words."""
+        answer, end = boxed(text) or (None, len(text))
+        found = _TAG.search(text, 0, end)
+        known = found and int(found[1]) <= self.world.skip_level
+        return Segment(cost, text, answer, int(found[1]) if known else None)
+
+    def parse(self, ids: Sequence[int], n: int) -> Response:
+        """Cut a response to an exam of `n` problems into segments with token-exact costs.
+
+        A segment runs from its header to the next one. Text and tokens are matched by decoding
+        prefixes of `ids`; nothing is ever encoded again. A response to a single problem may leave
+        its header out.
+        """
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]
+        if n == 1 and not headers:
+            return Response((self.read_segment(len(ids), text),), 0, len(ids), 0)
+
+        @cache
+        def end_of(k: int) -> int:
+            """Where in the text token `k` ends."""
+            return len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+
+        numbers = [int(header[1]) for header in headers]
+        places = [header.start() for header in headers] + [len(text)]
+        starts = [bisect_right(range(len(ids)), place, key=end_of) for place in places[:-1]]
+        starts.append(len(ids))
+        texts, costs, revisits = [""] * n, [0] * n, 0
+        for i, number in enumerate(numbers):
+            costs[number - 1] += starts[i + 1] - starts[i]
+            forward = number > max(numbers[:i], default=0)
+            still_here = set(numbers[numbers.index(number) : i]) == {number}
+            revisits += not forward
+            if forward or still_here:
+                texts[number - 1] += text[places[i] : places[i + 1]]
+        segments = tuple(map(self.read_segment, costs, texts))
+        return Response(segments, starts[0], len(ids), revisits)

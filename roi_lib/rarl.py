@@ -1,50 +1,39 @@
 """Rationality-Aware RL (RARL) with Dr. GRPO: learn to allocate one budget over an exam.
 
-Stage two of the method, after the paper's section on RARL, with nothing hidden in a framework.
-One step of training, piece by piece:
+Stage two of the method (paper, section on RARL), to be read downwards. What is left out of GRPO:
+
+- the KL term to a reference model: the reward is exact, so there is nothing to be hacked towards;
+- the clipped ratio: every batch of rollouts is used for one update, so the ratio is 1;
+- group deviation and row length as divisors (Dr. GRPO, arXiv 2503.20783): one blows up groups in
+  which hardly anything differs, the other lets long failures off lightly. Recipes can ask for both.
 
     training_exams       the step's papers, each in one of the orders, and the step's budget
-    roll_out             every exam sat several times by the model as it is: one `Group` an exam
-    group_rewards        what each rollout of a group earned
-    advantages           reward minus the mean of its group (Dr. GRPO: no standard deviation)
-    completion_logprobs  how probable the model finds its own responses, with gradient
+    roll_out             every exam sat several times by the model as it is: one table
+    problem_rewards      what each problem of each rollout earned; exam_rewards adds them up
+    advantages           reward minus the mean of its group
     policy_loss          policy gradient with a constant length normaliser
-    batch_gradient       the gradient of the loss of all groups
-    train_step           all of it, once
+    completion_logprobs  how probable the model finds its own responses, with gradient
+    batch_gradient       the gradient of the loss, group by group (group_gradient)
+    train_step           all of it, once; `training.rarl` repeats it, `training.trl` goes by TRL
 
-`rarl_loop` repeats it, with a log and checkpoints; `rarl_trl` does the same through TRL; `rarl_run`
-makes a checkpoint with its card. Nothing depends on a random state that would have to be saved:
-papers and sampling streams follow from (seed, step), so a run that was killed continues as if it
-had not been.
+No random state has to be saved: papers and sampling streams follow from (seed, step), so a run
+that was killed continues as if it had not been. Notebook 05.
 """
 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 
+import pandas as pd
 import torch
 
-from roi_lib.exams import (
-    Exam,
-    Segment,
-    draw_papers,
-    encode_prompt,
-    exam_prompt,
-    in_orders,
-    parse_response,
-)
-from roi_lib.generation import BudgetedGenerator, Request, Rollout
-from roi_lib.grading import grade
+from roi_lib.exams import Environment, Exam, draw_papers, in_orders
+from roi_lib.generation import Engine
 from roi_lib.problems import Problem
-from roi_lib.sitting import Sitting, check_budget
+from roi_lib.sitting import responses, sit
 from roi_lib.worlds import RARLRecipe, World
 
 STYLE = "roi"  # the prompting style whose responses carry level tags
-
-
-# --- exams and rollouts ----------------------------------------------------------------------
 
 
 def step_seed(recipe: RARLRecipe, step: int) -> int:
@@ -53,131 +42,69 @@ def step_seed(recipe: RARLRecipe, step: int) -> int:
 
 
 def training_exams(
-    world: World, recipe: RARLRecipe, step: int, pool: list[Problem] | None = None
+    world: World, recipe: RARLRecipe, step: int, pool: Sequence[Problem] | None = None
 ) -> tuple[list[Exam], int]:
     """The exams of one step, from the training split, and the budget they are all sat under."""
     seed = step_seed(recipe, step)
     rng = random.Random(f"{seed}/orders")
     orders = rng.choices(*zip(*recipe.orders, strict=True), k=recipe.exams)
-    papers = draw_papers(world, recipe.exams, recipe.n_problems, "train", seed, problems=pool)
+    papers = draw_papers(world, recipe.exams, recipe.n_problems, "train", seed, pool)
     return in_orders(papers, orders, seed), recipe.budgets[step % len(recipe.budgets)]
 
 
-@dataclass(frozen=True)
-class Group:
-    """The rollouts of one exam.
-
-    Attributes:
-        prompt: token ids, chat template included.
-        sittings: one a rollout.
-        rewards: what each earned; NaN where there is no response.
-    """
-
-    prompt: tuple[int, ...]
-    sittings: tuple[Sitting, ...]
-    rewards: tuple[float, ...]
-
-
-def mark(
-    world: World, tokenizer, exam: Exam, budget: int, rollouts: Sequence[Rollout]
-) -> tuple[Sitting, ...]:
-    """The rollouts of one exam, cut into segments and graded; equal responses only once."""
-    n = len(exam.problems)
-    distinct = dict.fromkeys(r.ids for r in rollouts)
-    responses = [parse_response(world, tokenizer, ids, n) for ids in distinct]
-    points = iter(grade(world, [pair for response in responses for pair in zip(
-        exam.problems, response.segments, strict=True)]))
-    known = {ids: (response, tuple(islice(points, n)))
-             for ids, response in zip(distinct, responses, strict=True)}
-    return tuple(Sitting(exam, budget, r.ids, r.finished, *known[r.ids], r.overrun, r.failed)
-                 for r in rollouts)
-
-
 def roll_out(
-    world: World, tokenizer, generator: BudgetedGenerator, exams: Sequence[Exam], budget: int,
-    recipe: RARLRecipe, step: int, numbers: Sequence[int] | None = None,
-) -> list[Group]:
-    """Sit every exam `recipe.rollouts` times under `budget` tokens; one group an exam.
+    env: Environment, engine: Engine, exams: Sequence[Exam], budget: int, recipe: RARLRecipe,
+    step: int, numbers: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Sit every exam `recipe.rollouts` times under `budget` tokens: `sitting`'s table + `reward`.
 
-    Args:
-        numbers: which of the step's exams these are, where they are not all of them: the random
-            numbers of an exam follow from it.
-
-    Raises:
-        ValueError: a budget smaller than a header with a tag.
-        FloatingPointError: the model gave NaN or infinite logits; names the step (FAULTS F24).
+    `numbers`: which of the step's exams these are, if not all; random numbers follow from them.
+    `FloatingPointError`: the model gave NaN or infinite logits; names the step.
     """
-    check_budget(world, tokenizer, budget)
-    messages = [exam_prompt(world, exam, budget, STYLE) for exam in exams]
-    requests = [Request(tuple(encode_prompt(tokenizer, message)), budget,
-                        (step_seed(recipe, step), i), recipe.rollouts, message)
-                for i, message in zip(numbers or range(len(exams)), messages, strict=True)]
     try:
-        responses = generator.generate(requests, recipe.temperature)
+        table = sit(env, engine, exams, budget, recipe.rollouts, STYLE, recipe.temperature,
+                    step_seed(recipe, step), numbers and [(i,) for i in numbers])
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}, sampling {len(exams)} exams under budget {budget}: "
                                  f"{error}; lower the learning rate") from error
-    groups = []
-    for exam, request, rollouts in zip(exams, requests, responses, strict=True):
-        sittings = mark(world, tokenizer, exam, budget, rollouts)
-        rewards = group_rewards(world, sittings, recipe.reward, recipe.skip_bonus)
-        groups.append(Group(request.prompt, sittings, tuple(rewards)))
-    return groups
+    table["reward"] = problem_rewards(table, recipe.reward, recipe.skip_bonus)
+    return table
 
 
-# --- the algorithm ---------------------------------------------------------------------------
-
-
-def problem_reward(
-    world: World, segment: Segment, correct: bool, variant: str = "level", solved: bool = True,
-    skip_bonus: float = 0.1,
-) -> float:
-    """The reward r of one problem (paper, section on RARL).
+def problem_rewards(table: pd.DataFrame, variant="level", skip_bonus: float = 0.1) -> pd.Series:
+    """The reward r of each problem sat (paper, section on RARL); NaN where there is no response.
 
     `level`: 1 if the answer is right and the predicted level is that of the real cost (in tokens,
     header and tag included), else 0; so a skip earns nothing. `answer`: without the condition on
     the level. `skip_bonus`: as `level`, and `skip_bonus` for a right skip, which is Level-3 and NA
-    where nobody `solved` the problem.
+    where no rollout of the exam solved the problem: one rollout alone cannot know.
     """
-    if correct and (variant == "answer" or segment.level == world.level_of(segment.cost)):
-        return 1.0
-    right_skip = segment.skipped and segment.level == world.skip_level and not solved
-    return skip_bonus if variant == "skip_bonus" and right_skip else 0.0
+    right_level = table["predicted"] == table["real"]
+    reward = (table["correct"] & (right_level | (variant == "answer"))).astype(float)
+    if variant == "skip_bonus":
+        solved = table.groupby(["exam", "position"])["correct"].transform("any")
+        reward += skip_bonus * (table["skipped"] & right_level & ~solved)
+    return reward.where(table["failed"] == "")
 
 
-def group_rewards(
-    world: World, sittings: Sequence[Sitting], variant: str = "level", skip_bonus: float = 0.1
-) -> list[float]:
-    """The reward R = r_1 + ... + r_N of each rollout of one exam; see `problem_reward`.
-
-    One rollout cannot know whether its skip was right; the group is the best evidence there is:
-    a problem counts as solved if any of its rollouts solved it. A failed rollout has no response,
-    and so no reward: NaN.
-    """
-    solved = [any(marks) for marks in zip(*(s.correct for s in sittings), strict=True)]
-    return [
-        math.nan if s.failed else sum(
-            problem_reward(world, segment, correct, variant, by_someone, skip_bonus)
-            for segment, correct, by_someone in zip(
-                s.response.segments, s.correct, solved, strict=True))
-        for s in sittings
-    ]
+def exam_rewards(table: pd.DataFrame) -> torch.Tensor:
+    """The reward R = r_1 + ... + r_N of each rollout, [exams, rollouts]; failed ones are NaN."""
+    sums = table.groupby(["exam", "rollout"])["reward"].sum(min_count=1).unstack()
+    return torch.tensor(sums.to_numpy().tolist())
 
 
-def has_spread(rewards: Sequence[float]) -> bool:
+def has_spread(rewards: torch.Tensor) -> bool:
     """Whether a group teaches anything: two different rewards, NaN aside."""
-    return len({r for r in rewards if not math.isnan(r)}) > 1
+    return len(rewards[~rewards.isnan()].unique()) > 1
 
 
 def advantages(rewards: torch.Tensor, scale: str = "none") -> torch.Tensor:
-    """How much better than its group each rollout did; both [groups, rollouts].
+    """How much better than its group each rollout did; both [exams, rollouts].
 
-    Dr. GRPO (arXiv 2503.20783): A = R - mean. With `scale` "std" as in GRPO: also divided by the
-    group's standard deviation, which blows up the groups where hardly anything differs. A reward
-    of NaN counts in no mean, and its advantage is 0 (FAULTS F22).
+    Dr. GRPO: A = R - mean. With `scale` "std" as in GRPO: also divided by the group's standard
+    deviation. A reward of NaN counts in no mean, and its advantage is 0.
     """
-    known = ~rewards.isnan()
-    count = known.sum(1, keepdim=True)
+    count = (~rewards.isnan()).sum(1, keepdim=True)
     centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
     if scale == "none":
         return centred
@@ -189,20 +116,13 @@ def policy_loss(
     logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, longest: int,
     normalizer: str = "constant",
 ) -> torch.Tensor:
-    """The loss to be lowered, a mean over rows.
+    """The loss to be lowered, a mean over rows. On policy its *gradient* is what tells.
 
-    On policy the ratio of new to old probability is 1; its *gradient* is that of the
-    log-probability. So the value says little (it is 0 where all rows are equally long).
-
-    Args:
-        logprobs: of the response tokens, [rows, length].
-        mask: 1 for response tokens, 0 for padding, likewise.
-        advantages: one a row.
-        longest: the largest budget in tokens, the constant of Dr. GRPO.
-        normalizer: "constant"; or "length", GRPO's own: each row's sum is divided by its length,
-            so that a long failure is punished less, token by token, than a short one.
+    `logprobs` are of the response tokens, and `mask` is 1 for each (padding: 0), [rows, length];
+    `longest` is the largest budget in tokens, the constant of Dr. GRPO. With `normalizer` "length",
+    GRPO's own, each row's sum is divided by its length instead.
     """
-    ratio = torch.exp(logprobs - logprobs.detach())
+    ratio = torch.exp(logprobs - logprobs.detach())  # 1, with the gradient of the logarithm
     sums = (ratio * mask).sum(1)
     lengths = longest if normalizer == "constant" else mask.sum(1).clamp(min=1)
     return -(advantages * sums / lengths).mean()
@@ -213,14 +133,8 @@ def completion_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each response token, and entropy there in nats; both [rows, length].
 
-    The prompt, which all rows share, is computed once, with gradient: its keys and values are
-    repeated for the rows, and the backward pass adds up what each row wants of them. Padding
-    stands on the right, where causal attention does not see it. Logits are computed where the
-    next token is a response token, and nowhere else.
-
-    Args:
-        prompt: token ids, [prompt length].
-        ids: responses to it, [rows, length], padded on the right with any id.
+    The prompt is computed once: its keys and values are repeated for the rows, with gradient.
+    `ids`, [rows, length], are padded on the right, where causal attention does not look.
     """
     out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
     logits = out.logits.expand(len(ids), -1, -1)
@@ -236,102 +150,73 @@ def completion_logprobs(
 
 def pad_right(rows: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids as one tensor [rows, longest row], and its mask of the same shape."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in rows],
-                        device=device)
-    return ids, mask
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
+    return ids.to(device), mask.to(device)
 
 
-def accumulate_gradient(
-    model, group: Group, advantage: torch.Tensor, share: float, recipe: RARLRecipe
+def group_gradient(
+    model, group: pd.DataFrame, advantage: torch.Tensor, share: float, recipe: RARLRecipe
 ) -> tuple[float, float]:
     """Add one group's part to the gradient of the whole batch's loss.
 
-    Rollouts that came out the same are computed once, with their advantages added up.
-
-    Args:
-        advantage: of the group's rollouts.
-        share: part of the batch's rows that one rollout is.
-
-    Returns:
-        The group's part of the loss, and the mean entropy of its response tokens.
+    Rollouts that came out the same are computed once, with their advantages added up. `share`: the
+    part of all rows that one rollout is. Returns the part of the loss, and the mean token entropy.
     """
-    device = model.device
-    rows = [s.ids for s in group.sittings]
-    distinct = [row for row in dict.fromkeys(rows) if row]
-    place = {row: i for i, row in enumerate(distinct)}
-    weight, count = torch.zeros(2, len(distinct), device=device)
-    for row, a in zip(rows, advantage.tolist(), strict=True):
+    prompt = torch.tensor(group["prompt"].iloc[0], device=model.device)
+    place = {row: i for i, row in enumerate(dict.fromkeys(row for row in group["ids"] if row))}
+    weight, count = torch.zeros(2, len(place), device=model.device)
+    for row, a in zip(group["ids"], advantage.tolist(), strict=True):
         if row:  # a failed rollout has no tokens
             weight[place[row]] += a
             count[place[row]] += 1
-    ids, mask = pad_right(distinct, device)
-    logprobs, entropy = completion_logprobs(
-        model, torch.tensor(group.prompt, device=device), ids, recipe.temperature)
+    ids, mask = pad_right(list(place), model.device)
+    logprobs, entropy = completion_logprobs(model, prompt, ids, recipe.temperature)
     loss = policy_loss(logprobs, mask, weight, max(recipe.budgets), recipe.normalizer)
-    loss = loss * len(distinct) * share
+    loss = loss * len(place) * share
     loss.backward()
     tokens = mask * count[:, None]
     return loss.item(), float((entropy * tokens).sum() / tokens.sum())
 
 
-def batch_gradient(
-    model, groups: Sequence[Group], recipe: RARLRecipe, step: int = 0
-) -> dict[str, float]:
-    """Put the gradient of the loss of all groups into `.grad`, group by group.
+def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0) -> dict:
+    """Put the gradient of the loss of a table of rollouts into `.grad`.
 
-    Groups without spread have no advantage anywhere and are left out.
-
-    Returns:
-        `loss`; `no_spread`, the share of groups left out; `entropy` of the others, in nats a
-        token (NaN: there are none).
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite; names step and exam (FAULTS F24).
+    Returns `loss`; `no_spread`, the share of groups without spread, which have no advantage and
+    are left out; `entropy` of the others, in nats a token (NaN: there are none).
     """
     model.zero_grad(set_to_none=True)
-    table = advantages(torch.tensor([g.rewards for g in groups]), recipe.scale)
-    loss, entropies = 0.0, []
-    for i, (group, advantage) in enumerate(zip(groups, table, strict=True)):
-        if not has_spread(group.rewards):
+    rewards, loss, entropies = exam_rewards(table), 0.0, []
+    weights = advantages(rewards, recipe.scale)
+    for i, (_, group) in enumerate(responses(table).groupby("exam")):
+        if not has_spread(rewards[i]):
             continue
-        part, entropy = accumulate_gradient(model, group, advantage, 1 / table.numel(), recipe)
+        part, entropy = group_gradient(model, group, weights[i], 1 / rewards.numel(), recipe)
         if not math.isfinite(part):
             raise FloatingPointError(f"the loss is {part} at step {step}, exam {i} of the batch; "
                                      "lower the learning rate")
         loss += part
         entropies.append(entropy)
-    return {"loss": loss, "no_spread": 1 - len(entropies) / len(groups),
+    return {"loss": loss, "no_spread": 1 - len(entropies) / len(rewards),
             "entropy": sum(entropies) / len(entropies) if entropies else math.nan}
 
 
 def train_step(
-    world: World, tokenizer, model, generator: BudgetedGenerator, optimizer, recipe: RARLRecipe,
-    step: int, pool: list[Problem] | None = None,
-) -> tuple[list[Group], dict[str, float]]:
-    """One step: rollouts, rewards, advantages, one update.
+    env: Environment, model, engine: Engine, optimizer, recipe: RARLRecipe, step: int,
+    pool: Sequence[Problem] | None = None,
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """One step, from 0: rollouts, rewards, advantages, one update (none without any spread).
 
-    Without any spread there is nothing to learn, and no update.
-
-    Args:
-        generator: samples from `model` as it is now.
-        step: number of the step, from 0; its exams and random numbers follow from it.
-        pool: problems instead of the world's generated ones.
-
-    Returns:
-        The rollouts; and what `batch_gradient` returns, with `grad_norm` before clipping.
-
-    Raises:
-        FloatingPointError: NaN or infinite logits, loss or gradient (FAULTS F24).
+    `engine` samples from `model` as it is now. Returns the rollouts; and what `batch_gradient`
+    returns, with `grad_norm` before clipping. `FloatingPointError`: NaN or infinite gradients.
     """
-    exams, budget = training_exams(world, recipe, step, pool)
-    groups = roll_out(world, tokenizer, generator, exams, budget, recipe, step)
-    learned = batch_gradient(model, groups, recipe, step)
+    exams, budget = training_exams(env.world, recipe, step, pool)
+    table = roll_out(env, engine, exams, budget, recipe, step)
+    learned = batch_gradient(model, table, recipe, step)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient is {norm} at step {step}, budget {budget}; "
                                  "lower the learning rate")
     if learned["no_spread"] < 1:
         optimizer.step()
-    return groups, learned | {"grad_norm": norm}
+    return table, learned | {"grad_norm": norm}

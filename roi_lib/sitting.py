@@ -1,182 +1,111 @@
-"""Sitting: exams through a generator, the parser and the grader.
+"""Sitting exams: prompt, generate under the budget, parse, grade; all of it in one table.
 
-`sit` lets exams be sat under one hard budget; a `Sitting` is one exam as sat; `segment_table` has
-one entry a problem, column by column.
+    sit          exams through an engine, the parser and the grader
+    tabulate     the same for responses that exist already
+    points       problems solved, one number a response
+
+The table is a pandas DataFrame with a row a problem sat, from which everything else is read:
+
+    exam, rollout, position    which exam of the call, which response to it, which problem (from 1)
+    problem, tier, family      id, tier and family of the problem
+    order, budget              of the exam
+    cost                       tokens charged to the problem: header, tag, working, answer
+    predicted                  level of its tag (-1: no tag)
+    real                       level of its cost (a skip is at the skip level by definition; an
+                               unfinished segment counts with what it spent)
+    answer                     content of its box (None: no answer)
+    skipped, correct           given up on purpose; the point earned
+    reached, cut               any token spent on it; the budget ended the response here
+    tokens, preamble           of the whole response, and before its first header
+    finished, revisits         whether it ended by itself; headers that do not lead forward
+    overrun, failed            tokens that a back end sent beyond the budget; why there is none
+    prompt, ids                token ids of the prompt and of the response
+
+What is from `tokens` on belongs to the response, and stands in each of its rows. Notebook 02.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice, zip_longest
 
 import numpy as np
+import pandas as pd
 
-from roi_lib.exams import (
-    Exam,
-    Response,
-    encode_prompts,
-    exam_prompt,
-    parse_response,
-    reference_response,
-)
-from roi_lib.generation import BudgetedGenerator, ReplayGenerator, Request
+from roi_lib.exams import Environment, Exam
+from roi_lib.generation import Engine, Request, Rollout
 from roi_lib.grading import grade
-from roi_lib.worlds import TAG_CLOSE, TAG_OPEN, World
-
-
-@dataclass(frozen=True)
-class Sitting:
-    """One exam as sat: the paper, the response cut into segments, and each problem's mark.
-
-    Attributes:
-        exam: the paper.
-        budget: the hard budget in tokens.
-        ids: the response as token ids.
-        finished: whether the response ended by itself.
-        response: the segments.
-        correct: one mark a position.
-        overrun: tokens that the back end sent beyond the budget; they were cut.
-        failed: why there is no response ("" where there is one).
-    """
-
-    exam: Exam
-    budget: int
-    ids: tuple[int, ...]
-    finished: bool
-    response: Response
-    correct: tuple[bool, ...]
-    overrun: int = 0
-    failed: str = ""
-
-
-def smallest_budget(world: World, tokenizer) -> int:
-    """Tokens of one header with one tag: under a smaller budget nothing can be said."""
-    words = f"{world.header.format(i=1)} {TAG_OPEN}Level-{world.skip_level}{TAG_CLOSE}"
-    return len(tokenizer(words, add_special_tokens=False).input_ids)
-
-
-def check_budget(world: World, tokenizer, budget: int) -> None:
-    """Refuse a budget under which nothing can be said.
-
-    Raises:
-        ValueError: the budget is smaller than a header with a level tag.
-    """
-    least = smallest_budget(world, tokenizer)
-    if budget < least:
-        raise ValueError(f"budget {budget} is smaller than one level tag with its header; "
-                         f"give at least {least} tokens")
 
 
 def sit(
-    world: World,
-    tokenizer,
-    generator: BudgetedGenerator,
+    env: Environment,
+    engine: Engine,
     exams: Sequence[Exam],
     budget: int,
+    n: int = 1,
     style: str = "direct",
     temperature: float = 1.0,
     seed: int = 0,
-    drafts: Sequence[Sequence[int]] = (),
-) -> list[Sitting]:
-    """Sit every exam once under one hard budget in tokens.
+    streams: Sequence[tuple[int, ...]] | None = None,
+    cap: int | None = None,
+) -> pd.DataFrame:
+    """Sit every exam `n` times under one hard budget in tokens; the table is described above.
 
     Args:
-        drafts: a guess of each response, which changes nothing but the time it takes (see
-            `generation.Request`).
+        style: key of the world's prompts.
+        streams: what fixes each exam's random numbers together with the seed; its number.
+        cap: end the responses after so many tokens already; the prompt still states the budget.
 
     Raises:
         ValueError: no exams, or a budget smaller than a header with a tag.
+        FloatingPointError: the model gave NaN or infinite logits.
     """
     if not exams:
         raise ValueError("there are no exams to sit")
-    check_budget(world, tokenizer, budget)
-    messages = [exam_prompt(world, exam, budget, style) for exam in exams]
+    env.check_budget(cap or budget)
+    messages = [env.message(exam, budget, style) for exam in exams]
     unique = list(dict.fromkeys(messages))
-    prompts = dict(zip(unique, map(tuple, encode_prompts(tokenizer, unique)), strict=True))
-    requests = [Request(prompts[m], budget, (seed, i), message=m, draft=tuple(draft))
-                for i, (m, draft) in enumerate(zip_longest(messages, drafts, fillvalue=()))]
-    rollouts = [rollout for (rollout,) in generator.generate(requests, temperature)]
-    responses = [parse_response(world, tokenizer, rollout.ids, len(exam.problems))
-                 for exam, rollout in zip(exams, rollouts, strict=True)]
-    points = iter(grade(world, [
-        pair for exam, response in zip(exams, responses, strict=True)
-        for pair in zip(exam.problems, response.segments, strict=True)]))
-    sittings = []
-    for exam, rollout, response in zip(exams, rollouts, responses, strict=True):
-        correct = tuple(islice(points, len(exam.problems)))
-        sittings.append(Sitting(exam, budget, rollout.ids, rollout.finished, response, correct,
-                                rollout.overrun, rollout.failed))
-    return sittings
+    prompts = dict(zip(unique, env.prompts(unique), strict=True))
+    requests = [Request(prompts[message], cap or budget, (seed, *stream), n, message)
+                for message, stream in zip(messages, streams or [(i,) for i in range(len(exams))],
+                                           strict=True)]
+    rollouts = engine.generate(requests, temperature)
+    return tabulate(env, exams, budget, rollouts, [request.prompt for request in requests])
 
 
-def segment_table(world: World, sittings: Sequence[Sitting]) -> dict[str, np.ndarray]:
-    """One entry a problem sat, column by column.
-
-    Columns: `tier`, `family`; `position` (from 1); `cost` in tokens; `predicted` level (-1: no
-    tag); `real` level of the cost (a skip is at the skip level by definition; an unfinished
-    segment counts with what it spent); `skipped`; `correct`; `reached` (any token spent on it);
-    `cut` (the budget ended the response here).
-    """
-    last = [max((i for i, x in enumerate(s.response.segments, 1) if x.cost), default=0)
-            for s in sittings]
-    rows = [
-        (problem.tier, problem.family, position, segment.cost,
-         -1 if segment.level is None else segment.level,
-         world.skip_level if segment.skipped else world.level_of(segment.cost),
-         segment.skipped, correct, segment.cost > 0, position == end and not s.finished)
-        for s, end in zip(sittings, last, strict=True)
-        for position, (problem, segment, correct) in enumerate(
-            zip(s.exam.problems, s.response.segments, s.correct, strict=True), start=1)
-    ]
-    names = ("tier", "family", "position", "cost", "predicted", "real", "skipped", "correct",
-             "reached", "cut")
-    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True),
-                                                           strict=True)}
-
-
-def confusion(world: World, predicted: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Counts [predicted level, real level]; entries without a prediction (-1) are left out."""
-    levels = world.skip_level + 1
-    given = predicted >= 0
-    flat = np.bincount(predicted[given] * levels + real[given], minlength=levels * levels)
-    return flat.reshape(levels, levels)
+def tabulate(
+    env: Environment, exams: Sequence[Exam], budget: int,
+    rollouts: Sequence[Sequence[Rollout]], prompts: Sequence[tuple[int, ...]] | None = None,
+) -> pd.DataFrame:
+    """The table of responses, a list of rollouts an exam; equal responses are read once."""
+    world, rows, pairs = env.world, [], []
+    for i, (exam, some) in enumerate(zip(exams, rollouts, strict=True)):
+        n = len(exam.problems)
+        responses = {ids: env.parse(ids, n) for ids in {r.ids for r in some}}
+        for k, r in enumerate(some):
+            response = responses[r.ids]
+            last = max((p for p, s in enumerate(response.segments) if s.cost), default=-1)
+            whole = (response.total, response.preamble, r.finished, response.revisits, r.overrun,
+                     r.failed, prompts[i] if prompts else (), r.ids)
+            for p, (problem, s) in enumerate(zip(exam.problems, response.segments, strict=True)):
+                pairs.append((problem.answer, s.answer))
+                rows.append((
+                    i, k, p + 1, problem.id, problem.tier, problem.family, exam.order, budget,
+                    s.cost, -1 if s.level is None else s.level,
+                    world.skip_level if s.skipped else world.level_of(s.cost), s.answer, s.skipped,
+                    False, s.cost > 0, p == last and not r.finished, *whole))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["correct"] = grade(world, pairs)
+    return table
 
 
-def reference_ids(
-    world: World, tokenizer, exams: Sequence[Exam], style: str,
-    levels: Sequence[Sequence[int]] = (),
-) -> list[tuple[int, ...]]:
-    """The reference solutions of these exams as token ids, without end-of-sequence.
-
-    Args:
-        levels: of the problems of each exam, to be written as tags.
-    """
-    words = [reference_response(world, exam.problems, style, levels=tags)
-             for exam, tags in zip_longest(exams, levels, fillvalue=())]
-    encoded = tokenizer(words, add_special_tokens=False, split_special_tokens=True)
-    return [tuple(ids) for ids in encoded.input_ids]
+COLUMNS = ["exam", "rollout", "position", "problem", "tier", "family", "order", "budget", "cost",
+           "predicted", "real", "answer", "skipped", "correct", "reached", "cut", "tokens",
+           "preamble", "finished", "revisits", "overrun", "failed", "prompt", "ids"]
 
 
-def reference_drafts(
-    world: World, tokenizer, exams: Sequence[Exam], style: str,
-    levels: Sequence[Sequence[int]] = (),
-) -> list[tuple[int, ...]]:
-    """The reference solutions as drafts (see `generation.Request`), in a world that has drafts.
-
-    Args:
-        levels: see `reference_ids`.
-    """
-    if not world.drafts:
-        return [()] * len(exams)
-    return reference_ids(world, tokenizer, exams, style, levels)
+def points(table: pd.DataFrame) -> np.ndarray:
+    """Number of problems solved, one a response, in the sequence of exams and rollouts."""
+    return table.groupby(["exam", "rollout"])["correct"].sum().to_numpy(float)
 
 
-def reference_generator(
-    world: World, tokenizer, exams: Sequence[Exam], budgets: Sequence[int], style: str
-) -> ReplayGenerator:
-    """A generator that writes out the reference solutions of these exams under these budgets."""
-    responses = {}
-    for exam, ids in zip(exams, reference_ids(world, tokenizer, exams, style), strict=True):
-        messages = [exam_prompt(world, exam, budget, style) for budget in budgets]
-        for prompt in encode_prompts(tokenizer, messages):
-            responses[tuple(prompt)] = ids
-    return ReplayGenerator(responses, tokenizer.eos_token_id)
+def responses(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a response: what the table says of all of it."""
+    return table.drop_duplicates(["exam", "rollout"])

@@ -1,19 +1,36 @@
-"""Shared by all tests: worlds, a tiny random model, and where the real data lies."""
+"""Shared by all tests: the pocket world, a tiny random model, and where the real data lies."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from roi_lib.generation import TorchGenerator
-from roi_lib.pretrain import PretrainConfig, new_model
-from roi_lib.tokenizer import build_tokenizer
-from roi_lib.worlds import POCKET
+from roi_lib import rarl
+from roi_lib.exams import Environment
+from roi_lib.generation import TorchEngine
+from roi_lib.store.tokenizers import build_tokenizer
+from roi_lib.worlds import POCKET, TRLRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
-TINY = PretrainConfig(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, batch_tokens=512,
-                      rows_at_once=16, steps=4, save_every=2, log_every=1)
+
+
+def tiny_model(tokenizer) -> Qwen2ForCausalLM:
+    """A random model of 17,000 weights in float64; the same at every call."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)).double().eval()
+    with torch.no_grad():  # its sampled responses have all lengths: end-of-sequence is likely
+        model.model.embed_tokens.weight.normal_(std=0.5)
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 2
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -22,18 +39,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    """A random model whose sampled responses have all lengths: end-of-sequence is likely."""
-    model = new_model(tokenizer, TINY).double().eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(std=0.5)
-        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 2
-    return model
+def env(tokenizer):
+    return Environment(POCKET, tokenizer)
 
 
 @pytest.fixture(scope="session")
-def generator(model, tokenizer):
-    return TorchGenerator.of(model, tokenizer)
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def engine(model, tokenizer):
+    return TorchEngine.of(model, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +58,60 @@ def real_data():
     if not REAL_DATA.is_dir():
         pytest.skip("the real datasets are not beside this checkout (../shared/data)")
     return REAL_DATA
+
+
+@pytest.fixture
+def refusal():
+    """The one sentence with which a `ValueError` refuses something."""
+    def sentence(call, *arguments, **options) -> str:
+        with pytest.raises(ValueError) as told:
+            call(*arguments, **options)
+        assert "\n" not in str(told.value)
+        return str(told.value)
+
+    return sentence
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """`tiny_model` in float32, to be trained."""
+    return tiny_model(tokenizer).float()
+
+
+SMALL_RARL = replace(POCKET.rarl, steps=6, exams=2, rollouts=4, budgets=(16, 24), snapshots=(),
+                     learning_rate=1e-3, save_every=2, log_every=2)
+SMALL_TRL = replace(SMALL_RARL, steps=4, trl=TRLRecipe(
+    rows_at_once=4, lora_rank=0, bf16=False, checkpointing=False))
+#: `python -c TRAIN rarl FOLDER`, or trl: a short training in a process of its own.
+TRAIN = """
+import importlib, pathlib, sys, conftest
+from roi_lib import rarl
+from roi_lib.store.checkpoints import load_environment
+name, rarl.problem_rewards = sys.argv[1], conftest.token_rewards
+env = load_environment(conftest.POCKET)
+recipe = {"rarl": conftest.SMALL_RARL, "trl": conftest.SMALL_TRL}[name]
+importlib.import_module(f"roi_lib.training.{name}").train(
+    env, conftest.tiny_model(env.tokenizer).float(), recipe, pathlib.Path(sys.argv[2]))
+"""
+
+
+def log_of(work):
+    """The log of a run, without what every run has of its own."""
+    return pd.read_csv(work / "log.csv").drop(columns="seconds")
+
+
+def token_rewards(table, *_):
+    """Stands in for `rarl.problem_rewards`: rewards that a random model earns now and then."""
+    return (table["ids"].map(sum) % 4).where(table["position"] == 1, 0).astype(float)
+
+
+@pytest.fixture(scope="module")
+def paid():
+    """The random model earns `token_rewards`; and TRL says nothing of `rollout_func`'s youth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rarl, "problem_rewards", token_rewards)
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        # sums are rounded alike only with as many threads
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield

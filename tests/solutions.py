@@ -29,10 +29,6 @@ def finished(costs, budget):
     return solved
 
 
-def regret(easy, other):
-    return 1 - sum(other) / sum(easy)
-
-
 def finished_if_skipping(costs, budget):
     solved = 0
     for cost in costs:
@@ -44,10 +40,6 @@ def finished_if_skipping(costs, budget):
 def cut(ids, budget, eos):
     ids = ids[: ids.index(eos) + 1] if eos in ids else ids
     return ids[:budget], len(ids) <= budget and ids[-1] == eos
-
-
-def cut_without_end(ids, budget, eos):
-    return ids[:budget], eos in ids[:budget]
 
 
 def invert(probabilities, u):
@@ -68,10 +60,6 @@ def charges(costs, budget):
     return paid
 
 
-def charges_of_finished(costs, budget):
-    return [cost if sum(costs[: i + 1]) <= budget else 0 for i, cost in enumerate(costs)]
-
-
 def triple_share(one, other):
     one, other = (set(zip(w, w[1:], w[2:], strict=False)) for w in (one, other))
     return len(one & other) / len(one | other)
@@ -80,10 +68,6 @@ def triple_share(one, other):
 def label(samples, edges):
     good = [cost for cost, correct in samples if correct and cost <= edges[-1]]
     return sum(min(good) > edge for edge in edges) if good else len(edges)
-
-
-def label_of_any(samples, edges):
-    return sum(min(cost for cost, _ in samples) > edge for edge in edges)
 
 
 def label_below_edge(samples, edges):
@@ -118,11 +102,6 @@ def advantage(rewards):
     return [0.0 if r is None else r - sum(known) / len(known) for r in rewards]
 
 
-def advantage_with_failures(rewards):
-    rewards = [r or 0 for r in rewards]
-    return [r - sum(rewards) / len(rewards) for r in rewards]
-
-
 def push(lengths, advantages, longest, normalizer):
     return [a / (longest if normalizer == "constant" else length) / len(lengths)
             for a, length in zip(advantages, lengths, strict=True)]
@@ -155,14 +134,14 @@ def level_errors(predicted, real):
     return (sum(p == r for p, r in given) / len(given), sum(p < r for p, r in given) / len(given))
 
 
-def folly(tried, rational):
+def misjudged(tried, rational):
     pairs = list(zip(tried, rational, strict=True))
     return pairs.count((True, False)) / len(pairs), pairs.count((False, True)) / len(pairs)
 
 
 SOLUTIONS = {
     "00.1": finished,
-    "00.2": regret,
+    "00.2": regret_of,
     "01.1": 1.4,
     "01.2": gain,
     "01.3": backup,
@@ -189,7 +168,7 @@ SOLUTIONS = {
     "06.4": better,
     "07.1": tokens_left,
     "07.2": level_errors,
-    "07.3": folly,
+    "07.3": misjudged,
 }
 
 WRONG = {
@@ -204,15 +183,18 @@ WRONG = {
     "01.4": [7, Instance(20, [[SKIP], [SKIP]]), Instance(21, [[SKIP]]), Instance(20, [[SKIP]]),
              Instance(20, [[SKIP, Action("try", [(1, 9, 1)])]])],
     "02.1": [12, 24, "a"],
-    "02.2": [3, charges_of_finished, lambda costs, budget: costs],
+    "02.2": [3, lambda costs, budget: costs, lambda costs, budget: [
+        cost if sum(costs[: i + 1]) <= budget else 0 for i, cost in enumerate(costs)]],
     "02.3": [0.5, lambda one, other: len(set(one) & set(other)) / len(set(one) | set(other)),
              lambda one, other: float(one == other)],
-    "03.1": [1, cut_without_end, lambda ids, budget, eos: (ids[:budget], len(ids) <= budget)],
+    "03.1": [1, lambda ids, budget, eos: (ids[:budget], eos in ids[:budget]),
+             lambda ids, budget, eos: (ids[:budget], len(ids) <= budget)],
     "03.2": [0.5, lambda p, u: int(np.argmax(p)), lambda p, u: int((np.cumsum(p) > u).sum())],
     "03.3": [[1], lambda starts, total: [b - a for a, b in zip(starts, [*starts[1:], total],
                                                                strict=True)]],
     "03.4": [7, lambda lengths: (sum(lengths), sum(lengths)), lambda lengths: (max(lengths), 1)],
-    "04.1": [1, label_of_any, label_below_edge],
+    "04.1": [1, label_below_edge, lambda samples, edges: label(
+        [(cost, True) for cost, _ in samples], edges)],
     "04.2": [1.5, weighted_mean, lambda nats, kinds, weight: sum(nats) / len(nats)],
     "04.3": [0.5, lambda p, k: 1 - p ** k, lambda p, k: 1 - (1 - p) ** k],
     "04.4": [0.3, lambda skipped, rates: false_and_missed(skipped, rates)[::-1],
@@ -220,7 +202,8 @@ WRONG = {
     "05.1": [2, lambda levels, costs, right, edges: sum(right),
              lambda levels, costs, right, edges: exam_reward(
                  levels, [c + 1 for c in costs], right, edges)],
-    "05.2": [[0.0], lambda rewards: [r or 0 for r in rewards], advantage_with_failures],
+    "05.2": [[0.0], lambda rewards: [r or 0 for r in rewards],
+             lambda rewards: advantage([r or 0 for r in rewards])],
     "05.3": [1, lambda lengths, advantages, longest, normalizer: advantages,
              lambda lengths, advantages, longest, normalizer: push(
                  lengths, advantages, longest, "constant"),
@@ -238,5 +221,5 @@ WRONG = {
              lambda costs, budget: [budget - sum(costs[:i]) for i in range(len(costs))]],
     "07.2": [(1, 0), lambda predicted, real: (
         np.equal(predicted, real).mean(), np.less(predicted, real).mean())],
-    "07.3": [(0, 0), lambda tried, rational: folly(rational, tried)],
+    "07.3": [(0, 0), lambda tried, rational: misjudged(rational, tried)],
 }

@@ -1,212 +1,204 @@
-"""Checkpoints are whole or refused; a continued pre-training equals an unbroken one."""
+"""Checkpoints are loaded whole or refused in one sentence; training states go on exactly."""
 
-import dataclasses
 import json
-import warnings
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from roi_lib.checkpoints import (
-    CheckpointError,
-    check_tokenizer,
-    load_config,
-    load_model,
-    load_tokenizer,
-    newest_complete,
-    tokenizer_name,
-    verify_folder,
-    write_folder,
-    write_manifest,
-)
-from roi_lib.pretrain import pretrain
-from roi_lib.worlds import DATA, PAPER, POCKET
-
-SHIPPED = sorted(path.parent for path in DATA.glob("*/manifest.json"))
+from roi_lib.store import checkpoints
+from roi_lib.store.checkpoints import load_environment, load_model, load_tokenizer
+from roi_lib.store.files import DATA, newest_complete
+from roi_lib.store.tokenizers import make_tokenizer, train_bpe
+from roi_lib.worlds import PAPER, POCKET
 
 
-def write(folder, **files):
-    write_folder(folder, lambda path: [(path / name).write_text(text)
-                                       for name, text in files.items()])
+@pytest.fixture
+def folder(tmp_path, model):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
-def test_F1_a_killed_save_leaves_the_earlier_folder(tmp_path):
-    write(tmp_path / "step-1", weights="one")
-
-    def killed(path):
-        (path / "weights").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "step-1", killed)
-    verify_folder(tmp_path / "step-1")
-    assert (tmp_path / "step-1" / "weights").read_text() == "one"
-    write(tmp_path / "step-1", weights="two")
-    assert (tmp_path / "step-1" / "weights").read_text() == "two"
+def cut(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1_000])
 
 
-def test_F1_F2_the_newest_complete_folder_is_taken_and_the_broken_named(tmp_path):
-    for step in (1, 2, 3):
-        write(tmp_path / f"step-{step}", weights=f"weights {step}", rng="state")
-    (tmp_path / "step-3" / "rng").unlink()
-    (tmp_path / "step-2" / "weights").write_text("weights X")
-    with pytest.warns(UserWarning) as told:
-        assert newest_complete(tmp_path) == tmp_path / "step-1"
-    assert "step-3/rng is missing" in str(told[0].message)
-    assert "step-2/weights differs" in str(told[1].message)
-    assert newest_complete(tmp_path / "nowhere") is None
+def lose_a_matrix(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_F1_F4_a_manifest_cut_short_is_no_manifest(tmp_path):
-    for step in (1, 2):
-        write(tmp_path / f"step-{step}", weights="w")
-    (tmp_path / "step-2" / "manifest.json").write_text('{\n "weights": {')
-    with pytest.warns(UserWarning, match="step-2/manifest.json is cut short"):
-        assert newest_complete(tmp_path) == tmp_path / "step-1"
+def become_a_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
-def test_F1_a_folder_that_a_trainer_saves_once_more_is_whole(tmp_path):
-    write(tmp_path / "step-1", weights="damaged")
-    (tmp_path / "step-1" / "weights").write_text("new")
-    write_manifest(tmp_path / "step-1")
-    verify_folder(tmp_path / "step-1")
+def grow(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"hidden_size": 32', '"hidden_size": 64'))
 
 
-def test_F2_a_truncated_file_is_refused(tmp_path):
-    write(tmp_path / "model", weights="0123456789")
-    (tmp_path / "model" / "weights").write_text("01234")
-    with pytest.raises(CheckpointError, match="cut short"):
-        load_model(str(tmp_path / "model"))
-    (tmp_path / "model" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="not written to the end"):
-        verify_folder(tmp_path / "model")
+def replace(name, text):
+    return lambda folder: (folder / name).write_text(text)
 
 
-def test_F34_a_pickle_is_refused(tmp_path, model):
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        load_model(str(tmp_path))
+@pytest.mark.parametrize(("spoil", "words"), [
+    (cut, "whole *.safetensors"), (replace("model.safetensors", ""), "whole *.safetensors"),
+    (lose_a_matrix, "lack model.layers.0.mlp.up_proj.weight"),
+    (lambda folder: save_file({}, folder / "model.safetensors", {"format": "pt"}), " lack "),
+    (become_a_pickle, "pickles are refused"),
+    (replace("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+     "git lfs pull"),
+    (lambda folder: (folder / "config.json").unlink(), "with config.json"),
+    (replace("config.json", "[]"), "config.json"),
+    (grow, "cannot be loaded"),
+    (replace("manifest.json", '{"name": "a web page"}'), "restore the folder"),
+    (shutil.rmtree, "name a local folder")])
+def test_a_spoilt_folder_is_one_sentence(folder, refusal, spoil, words):
+    spoil(folder)
+    said = refusal(load_model, str(folder))
+    assert words in said and str(folder) in said
 
 
-def test_F3_a_continued_run_equals_an_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("roi_lib.pretrain.CARD_PAPERS", 12)
-    pretrain(POCKET, tmp_path / "whole", tmp_path / "work-1", TINY)
-
-    class Killed(Exception):
-        pass
-
-    def die(*args):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        from roi_lib import pretrain as module
-        real = module.train_step
-        patch.setattr(module, "train_step", lambda *a: die() if a[-1] == 3 else real(*a))
-        with pytest.raises(Killed):
-            pretrain(POCKET, tmp_path / "parts", tmp_path / "work-2", TINY)
-    assert not (tmp_path / "parts").exists()
-    pretrain(POCKET, tmp_path / "parts", tmp_path / "work-2", TINY)
-    one, two = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-
-    def losses(work):
-        return [line.split(",")[:3] for line in (work / "log.csv").read_text().splitlines()]
-    assert losses(tmp_path / "work-1") == losses(tmp_path / "work-2") and len(losses(
-        tmp_path / "work-1")) == 5
+@pytest.mark.parametrize("text", ["", "{}", '{"model": ', "version https://git-lfs"])
+def test_a_spoilt_tokenizer_is_one_sentence(tmp_path, refusal, text):
+    shutil.copytree(DATA / "pocket-tokenizer", tmp_path / "words")
+    (tmp_path / "words" / "tokenizer.json").write_text(text)
+    assert "restore the folder" in refusal(load_tokenizer, str(tmp_path / "words"))
+    (tmp_path / "words" / "manifest.json").unlink()
+    assert "name a local folder" in refusal(load_tokenizer, str(tmp_path / "words"))
 
 
-def test_another_recipe_does_not_continue_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("roi_lib.pretrain.CARD_PAPERS", 12)
-    pretrain(POCKET, tmp_path / "out", tmp_path / "work", TINY)
-    other = dataclasses.replace(TINY, steps=6)
-    with pytest.raises(ValueError, match="another recipe"):
-        pretrain(POCKET, tmp_path / "out", tmp_path / "work", other)
+@pytest.mark.parametrize("name", ["nowhere", "", "a/b/c", "../data/nowhere", "org/name@"])
+def test_what_names_nothing_is_one_sentence(refusal, name):
+    for load in (load_model, load_tokenizer, checkpoints.load_config):
+        assert "name a local folder" in refusal(load, name)
 
 
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_shipped_folders_match_their_hashes(folder):
-    verify_folder(folder)
+def test_an_unknown_dtype_is_one_sentence(refusal):
+    for dtype in ("float9", "Tensor", ""):
+        assert f"unknown dtype {dtype!r}; name float32" in refusal(load_model, "pocket-base", dtype)
+    model = load_model("pocket-base", "float64")
+    assert model.dtype == torch.float64 and model.num_parameters() <= 3_000_000
 
 
-def test_shipped_base_is_a_small_qwen2_that_transformers_loads():
-    model = AutoModelForCausalLM.from_pretrained(DATA / "pocket-base")
-    assert model.config.model_type == "qwen2" and model.num_parameters() <= 3_000_000
-    card = (DATA / "pocket-base" / "README.md").read_text()
-    assert all(family in card for tier in POCKET.families.values() for family in tier)
+def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(folder, refusal):
+    checkpoints.check_saveable(load_model(str(folder)))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9,
+                                                               "do_sample": False}))
+    model = load_model(str(folder))
+    assert "mend its generation_config.json" in refusal(checkpoints.check_saveable, model)
+    with pytest.raises(ValueError):
+        model.save_pretrained(folder.parent / "after-the-last-step")
 
 
-def test_shipped_tokenizer_is_the_one_the_code_builds(tokenizer):
-    shipped = AutoTokenizer.from_pretrained(DATA / POCKET.tokenizer)
-    words = "Q1. <predicted_level>Level-1</predicted_level> 3 + 4 = 7. \\boxed{7} Ana 128"
-    assert shipped(words).input_ids == tokenizer(words).input_ids
-    assert shipped.get_vocab() == tokenizer.get_vocab()
-    assert shipped.chat_template == tokenizer.chat_template
-    assert len(load_tokenizer("pocket-base", POCKET.tokenizer)) == len(tokenizer)
-
-
-def test_a_tokenizer_comes_with_its_checkpoint_or_from_the_world(tmp_path):
-    assert tokenizer_name("Qwen/Qwen2.5-7B-Instruct", PAPER.tokenizer) == "Qwen/Qwen2.5-7B-Instruct"
-    assert tokenizer_name("pocket-base", POCKET.tokenizer) == POCKET.tokenizer
-    assert tokenizer_name(str(tmp_path), "gsm8k-bpe") == "gsm8k-bpe"
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert tokenizer_name(str(tmp_path), "gsm8k-bpe") == str(tmp_path)
-
-
-def test_a_tokenizer_larger_than_its_model_is_refused():
-    config = load_config("pocket-base")
-    check_tokenizer(config, load_tokenizer(POCKET.tokenizer), "pocket-base")
-    with pytest.raises(CheckpointError, match="'pocket-base' knows 264 tokens, but the tokenizer "
-                                              "4,096: they do not belong together"):
-        check_tokenizer(config, load_tokenizer("gsm8k-bpe"), "pocket-base")
-
-
-def test_F29_no_hub(monkeypatch):
+def test_without_the_hub_a_folder_is_asked_for(monkeypatch, refusal):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(CheckpointError, match="name a local folder"):
-            load_tokenizer("some-org/some-model")
+    assert "name a local folder" in refusal(load_tokenizer, "some-org/some-model@main")
 
 
-def test_pins_are_the_same_everywhere():
-    import tomllib
+def test_hub_models_are_pinned_and_told_apart(monkeypatch, model):
+    asked = []
 
-    import yaml
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = project["dependencies"] + project["optional-dependencies"]["dev"]
-    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert sorted(pins) == sorted(p for p in conda[-1]["pip"] if not p.startswith("-e"))
-    assert all("==" in pin for pin in pins)
+    def from_pretrained(name, revision, trust_remote_code, **options):
+        asked.append((name, revision, trust_remote_code))
+        return model, {"missing_keys": []}
 
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")),
-                         ids=lambda path: path.name)
-def test_notebooks_were_executed_in_order(path):
-    """nbval does not compare cells that were never executed."""
-    cells = json.loads(path.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell["outputs"]]
-    assert not any(o["output_type"] == "error" or o.get("name") == "stderr" for o in outputs)
-    for place in ("/root/", "/home/", "/tmp/", "/work/"):
-        assert place not in json.dumps(outputs), "a machine's path stands in an output"
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    names = [f"Qwen/Qwen2.5-{size}-Instruct{pin}" for size in ("1.5B", "7B") for pin in ("", "@v1")]
+    for name in names:
+        load_model(name)
+    assert asked == [(name.partition("@")[0], name.partition("@")[2] or "main", False)
+                     for name in names]
+    assert [checkpoints.model_label(name) for name in names] == names
+    assert [checkpoints.model_hash(name) for name in names] == names
 
 
-def test_printed_figures_are_those_of_the_commands():
-    """README and notebook 00 print what `make exam`, the main table and the model card say."""
-    from roi_lib.evaluation import exam_table
-    table = exam_table(json.loads((DATA / "exam-base.json").read_text()))
-    readme = (ROOT / "README.md").read_text()
-    assert table in readme
-    cells = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text())["cells"]
-    printed = ["".join(o.get("text", "")) for c in cells for o in c.get("outputs", [])]
-    assert table + "\n" in printed
-    records = json.loads((DATA / "main-table" / "records.json").read_text())
-    assert exam_table([r for r in records if r["order"] == "hard"]) in readme
-    card = (DATA / "pocket-base" / "README.md").read_text().splitlines()
-    heads = ("| tier", "| easy", "| medium", "| hard")
-    families = [line for line in card if line.startswith(heads)]
-    assert len(families) == 7 and all(line in readme for line in families)
+def test_labels_and_hashes_are_those_of_the_weights(folder, model):
+    assert checkpoints.model_label("pocket-base") == "25fcce4fff1c", "as the tables have it"
+    loaded, label = load_model(str(folder)), checkpoints.model_label(str(folder))
+    assert checkpoints.weights_hash(loaded) == checkpoints.weights_hash(model)
+    with torch.no_grad():
+        loaded.model.norm.weight[0] += 1
+    loaded.save_pretrained(folder)
+    assert checkpoints.weights_hash(loaded) != checkpoints.weights_hash(model)
+    assert checkpoints.model_label(str(folder)) != label
+
+
+# ---------------------------------------------------------------- tokenizers
+@pytest.mark.parametrize("world", [POCKET, PAPER], ids=lambda world: world.name)
+def test_shipped_tokenizers_are_those_the_code_makes(tmp_path, request, world):
+    root = request.getfixturevalue("real_data") if world is PAPER else None
+    make_tokenizer(world, tmp_path / "made", root)
+    for path in (DATA / world.tokenizer).iterdir():
+        assert path.read_bytes() == (tmp_path / "made" / path.name).read_bytes()
+
+
+def test_a_tokenizer_comes_with_its_checkpoint_or_from_the_world(folder):
+    hub = "Qwen/Qwen2.5-7B-Instruct"
+    assert checkpoints.tokenizer_name(hub, "gsm8k-bpe") == hub
+    assert checkpoints.own_tokenizer(str(folder)) is None
+    assert len(load_environment(POCKET, str(folder)).tokenizer) == 264
+    own = train_bpe(["Q1. 3 + 4 = 7", "Level-1"], size=262)
+    own.save_pretrained(folder)
+    found = load_environment(POCKET, str(folder))
+    assert found.world is POCKET and found.encode("Q1. 3 + 47") == own("Q1. 3 + 47").input_ids
+    assert checkpoints.own_tokenizer(str(folder)).chat_template == own.chat_template
+    assert len(load_environment(PAPER).tokenizer) == 4_096
+    assert len(load_environment(POCKET, str(folder), POCKET.tokenizer).tokenizer) == 264
+
+
+def test_a_tokenizer_that_does_not_fit_its_model_is_refused(refusal):
+    assert ("'pocket-base' knows 264 tokens, but the tokenizer 4,096: they do not belong "
+            "together; save the model's own") in refusal(load_environment, PAPER, "pocket-base")
+    assert "do not belong" in refusal(load_environment, POCKET, "pocket-base", "gsm8k-bpe")
+
+
+# ---------------------------------------------------------------- the state of a training run
+def train(model, optimizers, steps):
+    for step in steps:
+        ids = torch.randint(0, 264, (2, 8), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def start(tokenizer):
+    model = tiny_model(tokenizer)
+    embedding, *others = model.parameters()
+    matrices = [p for p in others if p.ndim == 2]
+    return model, [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW([embedding], lr=0.01)]
+
+
+def test_a_continued_run_equals_an_unbroken_one(tmp_path, tokenizer):
+    model, optimizers = start(tokenizer)
+    train(model, optimizers, range(3))
+    checkpoints.save_step(tmp_path, model, optimizers, {"step": 3, "loss": 0.1})
+    train(model, optimizers, range(3, 6))
+    again, others = start(tokenizer)
+    progress = checkpoints.load_training_state(newest_complete(tmp_path), again, others)
+    train(again, others, range(3, 6))
+    assert progress == {"step": 3, "loss": 0.1}
+    assert checkpoints.weights_hash(again) == checkpoints.weights_hash(model)
+
+
+def test_the_newest_two_states_are_kept_and_nothing_else_is_removed(tmp_path, tokenizer):
+    """Nor does a broken state that comes later remove the whole ones before it."""
+    model, optimizers = start(tokenizer)
+    for name in ("step-000002", "step-best", "step-000009", "step-000020"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text(name)
+    for step in (1, 3, 4, 9):
+        checkpoints.save_step(tmp_path, model, optimizers, {"step": step})
+    assert {path.name for path in tmp_path.glob("step-*")} == {
+        "step-000002", "step-000004", "step-000009", "step-000020", "step-best"}
+    assert sorted(path.read_text() for path in tmp_path.rglob("mine")) == [
+        "step-000002", "step-000009", "step-000020", "step-best"]
+    with pytest.warns(UserWarning, match="step-000020"):
+        assert newest_complete(tmp_path).name == "step-000009"

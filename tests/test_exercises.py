@@ -3,7 +3,7 @@
 import pytest
 from solutions import SOLUTIONS, WRONG
 
-from roi_lib.exercises import EXERCISES, check, exercise
+from roi_lib.teaching.exercises import EXERCISES, check, exercise
 
 
 def line(capsys, exercise_id, answer):

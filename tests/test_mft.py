@@ -1,492 +1,312 @@
-"""MFT: labels, rows, training that can be continued, calibration, and what must be refused."""
+"""MFT: labels, rows, training that goes on, calibration, and what must be refused."""
 
 import json
-import random
+import re
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import TINY
-from test_training import FULL, fill_disk
+from conftest import tiny_model
 
-from roi_lib import mft
-from roi_lib.__main__ import change, main
-from roi_lib.checkpoints import CheckpointError, load_model, load_tokenizer, verify_folder
-from roi_lib.evaluation import reference_generator, segment_table, sit
-from roi_lib.exams import (
-    Exam,
-    draw_papers,
-    order_problems,
-    parse_response,
-    reference_response,
-)
-from roi_lib.generation import ReplayGenerator
+from roi_lib import mft as core
+from roi_lib.engines import LoggedEngine, RunLog
+from roi_lib.engines.replay import ReplayEngine, reference_engine, reference_response
+from roi_lib.exams import Environment, Exam, draw_papers, in_orders
+from roi_lib.generation import Request, TorchEngine
 from roi_lib.mft import Sample, Target
-from roi_lib.pretrain import new_model
-from roi_lib.runlog import LoggedGenerator, RunLog, model_hash
-from roi_lib.tokenizer import train_bpe
+from roi_lib.store.checkpoints import load_model, load_tokenizer, model_hash
+from roi_lib.store.files import verify_folder
+from roi_lib.store.sources import load_pool
+from roi_lib.store.tokenizers import train_bpe
+from roi_lib.training import mft
 from roi_lib.worlds import ORDERS, PAPER, POCKET, TIERS
 
-SMALL = replace(POCKET.mft, problems=8, exams=8, rows=4, rows_at_once=2, dev_exams=2, log_every=2,
-                save_every=2)
+SMALL = replace(POCKET.mft, problems=8, samples=1, exams=8, rows=4, rows_at_once=2, dev_exams=2,
+                card_papers=0, log_every=2, save_every=2)
+PROBLEM = draw_papers(POCKET, 1)[0][0]
 
 
 def right(cost):
     return Sample(f"\\boxed{{{cost}}}", cost, True)
 
 
-def reference_targets(tokenizer, count=8, world=POCKET, problems=None):
+def reference_targets(env, problems):
     """Targets from the worked solutions; the dearest are refused."""
-    problems = problems or mft.training_problems(world, count)
-    extra = mft.tag_tokens(world, tokenizer)
-    targets = []
-    for p in problems:
-        words = reference_response(world, [p])
-        cost = len(tokenizer(words, add_special_tokens=False).input_ids) + 1 + extra
-        targets.append(mft.align(world, p, [Sample(p.solution, cost, True)]))
-    return targets
+    extra = 1 + core.tag_tokens(env)  # end-of-sequence, and the tag to come
+    return [core.align(env.world, p, [Sample(
+        p.solution, len(env.encode(reference_response(env.world, [p]))) + extra, True)])
+        for p in problems]
 
 
 @pytest.fixture(scope="module")
-def targets(tokenizer):
-    return reference_targets(tokenizer)
+def targets(env):
+    return reference_targets(env, core.training_problems(POCKET, 8))
 
 
-@pytest.mark.parametrize(("samples", "keep", "words", "level"), [
+# ---------------------------------------------------------------- labels and rows
+@pytest.mark.parametrize(("samples", "target", "words", "level"), [
     ([right(40), right(20), right(70)], "shortest", "\\boxed{20}", 0),
     ([right(40), right(20), right(70)], "median", "\\boxed{40}", 1),
     ([right(40), right(20), right(70), right(90)], "median", "\\boxed{40}", 1),
     ([right(128), Sample("\\boxed{5}", 5, False)], "shortest", "\\boxed{128}", 2),
-    ([right(129), right(200)], "shortest", mft.SKIP_WORDS, 3),
+    ([right(129), right(200)], "shortest", core.SKIP_WORDS, 3),
     ([right(20), right(129), right(130)], "median", "\\boxed{20}", 0),
-    ([Sample("\\boxed{5}", 5, False)], "shortest", mft.SKIP_WORDS, 3),
-])
-def test_one_problem_becomes_one_label(samples, keep, words, level):
-    target = mft.align(POCKET, draw_papers(POCKET, 1)[0][0], samples, keep)
-    assert (target.words, target.level, target.skip) == (words, level, level == 3)
+    ([Sample("\\boxed{5}", 5, False)], "shortest", core.SKIP_WORDS, 3)])
+def test_one_problem_becomes_one_label(samples, target, words, level):
+    label = core.align(POCKET, PROBLEM, samples, target)
+    assert (label.words, label.level, label.skip) == (words, level, level == 3)
 
 
-def test_unknown_choice_of_the_kept_sample():
-    with pytest.raises(ValueError, match="keep must be one of shortest, median"):
-        mft.align(POCKET, draw_papers(POCKET, 1)[0][0], [right(1)], "longest")
-
-
-def test_rejection_sampling_counts_the_tag_that_is_to_come(tokenizer):
-    problems = mft.training_problems(POCKET, 5)
-    exams = [Exam((p,), "easy") for p in problems]
-    generator = reference_generator(POCKET, tokenizer, exams, [128], "direct")
-    samples = mft.rejection_sample(POCKET, tokenizer, generator, problems, k=2)
+def test_rejection_sampling_counts_the_tag_that_is_to_come(env):
+    problems = core.training_problems(POCKET, 5)
+    engine = reference_engine(env, [Exam((p,), "easy") for p in problems], [128])
+    samples = core.rejection_sample(env, engine, problems, k=2)
     assert [len(s) for s in samples] == [2] * 15
     for problem, (sample, _) in zip(problems, samples, strict=True):
-        words = reference_response(POCKET, [problem])
-        whole = len(tokenizer(words).input_ids) + 1
+        whole = len(env.encode(reference_response(POCKET, [problem]))) + 1
         assert sample.correct == (whole <= 128)
         if sample.correct:
             assert sample.words == problem.solution and sample.cost == whole + 3
 
 
-def test_no_right_sample_at_all(tokenizer):
-    problems = mft.training_problems(POCKET, 2)
-    class Wrong(dict):
-        def __missing__(self, key):
-            return tokenizer("Q1. \\boxed{0} 0").input_ids[:1]
-    with pytest.raises(ValueError, match="not one of 6 sampled answers is right"):
-        mft.rejection_sample(POCKET, tokenizer, ReplayGenerator(Wrong(), tokenizer.eos_token_id),
-                             problems, k=1)
+class Always(dict):
+    """Whatever the prompt, the same response."""
+
+    def __missing__(self, key):
+        return self["ids"]
 
 
-def test_a_tokenizer_that_splits_the_tag_badly(tokenizer):
-    def longer(words, **options):
-        out = tokenizer(words, **options)
-        if "Level-3" in words:
-            out["input_ids"] = [*out.input_ids, tokenizer.eos_token_id]
-        return out
-    longer.decode = tokenizer.decode
-    assert mft.tag_tokens(POCKET, tokenizer) == 3
-    with pytest.raises(ValueError, match="splits the level tags badly"):
-        mft.tag_tokens(POCKET, longer)
+def test_no_right_sample_and_no_tag_at_all(env, refusal):
+    engine = ReplayEngine(Always(ids=env.encode("Q1. <predicted_level>Level-1 \\boxed{7}")), 0)
+    assert "not one of 6 sampled answers is right" in refusal(
+        core.rejection_sample, env, engine, core.training_problems(POCKET, 2), 1)
+    with pytest.warns(UserWarning, match="not one of 2 responses holds a closed level tag"):
+        refusal(mft.calibrate, env, engine, engine, draw_papers(POCKET, 2))
 
 
-def test_a_tokenizer_that_does_not_give_the_tag_back(tokenizer):
-    def tokenize(words, **options):
-        return tokenizer(words, **options)
-    tokenize.decode = lambda ids, **options: tokenizer.decode(ids, **options).replace("-", "")
-    with pytest.raises(ValueError, match="<predicted_level>Level-0</predicted_level> reads"):
-        mft.tag_tokens(POCKET, tokenize)
+@pytest.mark.parametrize(("level", "found"), [("Level-3", "Level-3 x"), ("Level-0", "Level-1")])
+def test_a_tokenizer_that_splits_a_tag_or_does_not_give_it_back(env, refusal, level, found):
+    class Other:
+        decode = env.tokenizer.decode
+
+        def __call__(self, text, **options):
+            return env.tokenizer(text.replace(level, found), **options)
+
+    assert "splits the level tags badly" in refusal(core.tag_tokens, Environment(POCKET, Other()))
 
 
-def test_levels_weigh_more_than_other_tokens(tokenizer):
-    weights = mft.token_weights(POCKET, tokenizer, replace(SMALL, tag_weight=7.0))
-    heavy = weights.nonzero()[:, 0][weights == 7].tolist()
-    assert tokenizer.convert_ids_to_tokens(sorted(heavy)) == [f"Level-{k}" for k in range(4)]
-    assert len(weights) == len(tokenizer) and (weights == 1).sum() == len(tokenizer) - 4
-    assert mft.token_weights(POCKET, tokenizer, replace(SMALL, tag_weight=1.0)) is None
+def test_next_to_an_edge_a_level_settles_by_its_place(env):
+    """33 tokens alone, end-of-sequence included, are 32 where another problem follows."""
+    words = "1 + 1 = 2. " * 3 + "2 . 2 . 2 \\boxed{2}"
+    cost = len(core.make_row(env, [Target(PROBLEM, words, 1, 1.0)], 64).response)
+    edge = Target(PROBLEM, ". " * (33 - cost) + words, 1, 1.0)
+    assert core.make_row(env, [edge], 64).levels == [1]
+    assert core.make_row(env, [edge, edge], 64).levels == [0, 1]
 
 
-def test_a_level_of_several_tokens_cannot_weigh_more(tokenizer):
-    """In a BPE its digit is a token, but that of every number as well."""
-    words = load_tokenizer("gsm8k-bpe")
-    assert mft.token_weights(PAPER, words, PAPER.mft) is None
-    message = "one token for each level; give --set tag_weight=1"
-    with pytest.raises(ValueError, match=message):
-        mft.token_weights(PAPER, words, replace(PAPER.mft, tag_weight=2.0))
-    beyond = replace(POCKET, level_edges=(*POCKET.level_edges, 256, 512))  # Level-4 is unknown
-    with pytest.raises(ValueError, match=message):
-        mft.token_weights(beyond, tokenizer, SMALL)
+def test_rows_are_singles_then_exams_whose_levels_are_those_a_sitting_finds(env, targets):
+    rows = core.curriculum(env, targets, SMALL)
+    numbers = [len(row.levels) for row in rows]
+    assert numbers[:24] == [1] * 24 and min(numbers[24:]) > 1 and len(rows) == 32
+    for row, n, learned in zip(rows, numbers, mft.as_dataset(rows), strict=True):
+        segments = env.parse(row.response, n).segments
+        assert [s.level for s in segments] == row.levels == [
+            3 if s.skipped else POCKET.level_of(s.cost) for s in segments]
+        assert learned["labels"] == [-100] * len(row.prompt) + row.response
+        assert learned["input_ids"] == row.prompt + row.response
+    skips = sum(row.levels.count(3) for row in rows[:24])
+    assert skips == sum(target.skip for target in targets) > 0
 
 
-@pytest.mark.parametrize("weight", [1.0, 5.0])
-def test_loss_of_a_batch_by_hand(tokenizer, targets, tmp_path, weight):
+# ---------------------------------------------------------------- training
+def test_levels_weigh_more_where_each_is_a_token_of_its_own(env, refusal):
+    """In a BPE a level's digit is a token, but that of every number as well."""
+    weights = mft.token_weights(env, replace(SMALL, tag_weight=7.0))
+    heavy = (weights == 7).nonzero()[:, 0].tolist()
+    assert env.tokenizer.convert_ids_to_tokens(heavy) == [f"Level-{k}" for k in range(4)]
+    assert (weights == 1).sum() == len(env.tokenizer) - 4
+    paper = Environment(PAPER, load_tokenizer("gsm8k-bpe"))
+    assert set(mft.token_weights(paper, PAPER.mft).tolist()) == {1}
+    beyond = Environment(replace(POCKET, level_edges=(32, 64, 128, 256)), env.tokenizer)
+    for other in (paper, beyond):  # Level-4 is unknown
+        assert "one token for each level" in refusal(
+            mft.token_weights, other, replace(SMALL, tag_weight=2.0))
+
+
+def test_loss_of_a_batch_by_hand(env, targets, tmp_path):
     """Two rows: nats of the response tokens, levels times the weight, over what is learned."""
-    recipe = replace(SMALL, tag_weight=weight)
-    rows = [mft.make_row(POCKET, tokenizer, targets[i : i + n], 64) for i, n in ((0, 3), (9, 1))]
-    model = new_model(tokenizer, TINY)
+    rows = [core.make_row(env, targets[i : i + n], 64) for i, n in ((0, 3), (9, 1))]
+    model, total = tiny_model(env.tokenizer), 0.0
     trainer = mft.TagTrainer(
-        model, mft.sft_config(replace(recipe, bf16=False), tmp_path), processing_class=tokenizer,
-        train_dataset=mft.as_dataset(rows),
-        token_weights=mft.token_weights(POCKET, tokenizer, recipe))
-    total, learned = 0.0, 0
-    levels = set(tokenizer.convert_tokens_to_ids([f"Level-{k}" for k in range(4)]))
+        model, mft.sft_config(replace(SMALL, bf16=False), tmp_path), processing_class=env.tokenizer,
+        train_dataset=mft.as_dataset(rows))
+    trainer.token_weights = mft.token_weights(env, replace(SMALL, tag_weight=5.0))
+    levels = env.tokenizer.convert_tokens_to_ids([f"Level-{k}" for k in range(4)])
     for row in rows:
-        with torch.no_grad():
-            logits = model(torch.tensor([row.prompt + row.response])).logits[0]
+        logits = model(torch.tensor([row.prompt + row.response])).logits[0].detach()
         for place, token in enumerate(row.response, start=len(row.prompt)):
             nats = -torch.log_softmax(logits[place - 1], -1)[token]
-            total += float(nats) * (weight if token in levels else 1)
-            learned += 1
+            total += float(nats) * (5 if token in levels else 1)
     batch = trainer.data_collator(list(mft.as_dataset(rows)))
+    learned = sum(len(row.response) for row in rows)
     for items, truth in ((None, total / learned), (torch.tensor(400), total / 400)):
         loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
         assert float(loss.detach()) == pytest.approx(truth, rel=1e-5)
-    assert [len(row.levels) for row in rows] == [3, 1] and learned == sum(
-        len(row.response) for row in rows)
 
 
-def test_levels_of_a_row_are_those_a_sitting_finds(tokenizer, targets):
-    rng = random.Random(0)
-    for n in (1, 2, 3, 5):
-        chosen = rng.sample(targets, n)
-        row = mft.make_row(POCKET, tokenizer, chosen, budget=100)
-        segments = parse_response(POCKET, tokenizer, row.response, n).segments
-        assert [s.level for s in segments] == row.levels
-        assert row.levels == [3 if s.skipped else POCKET.level_of(s.cost) for s in segments]
-        assert [s.skipped for s in segments] == [t.skip for t in chosen]
-        assert "Budget: 1 00 tokens" in tokenizer.decode(row.prompt)
-    assert row.response[-1] == tokenizer.eos_token_id
+def train(env, targets, work, recipe=SMALL):
+    rows = core.curriculum(env, targets, recipe)
+    model = mft.fine_tune(env, tiny_model(env.tokenizer).float(), rows, recipe, work)
+    return model.state_dict()
 
 
-def test_next_to_an_edge_a_level_depends_on_the_place(tokenizer):
-    """33 tokens alone, end-of-sequence included, are 32 where another problem follows."""
-    problem, other = draw_papers(POCKET, 1)[0][:2]
-    filler = "1 + 1 = 2. " * 3 + "2 . 2 . 2 "
-    words = filler + "\\boxed{2}"
-    edge = Target(problem, words, 1, 1.0)
-    alone = mft.make_row(POCKET, tokenizer, [edge], 64)
-    cost = len(alone.response)
-    words = ". " * (33 - cost) + words
-    edge = Target(problem, words, 1, 1.0)
-    assert mft.make_row(POCKET, tokenizer, [edge], 64).levels == [1]
-    assert mft.make_row(POCKET, tokenizer, [edge, edge], 64).levels == [0, 1]
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_curriculum_is_singles_then_exams_and_learns_responses_only(tokenizer, targets):
-    rows = mft.curriculum(POCKET, tokenizer, targets, SMALL)
-    numbers = [len(row.levels) for row in rows]
-    assert numbers[:24] == [1] * 24 and min(numbers[24:]) > 1 and len(rows) == 32
-    for row, learned in zip(rows, mft.as_dataset(rows), strict=True):
-        assert learned["labels"] == [-100] * len(row.prompt) + row.response
+def test_a_run_killed_while_it_saves_ends_like_an_unbroken_one(
+        env, targets, tmp_path, monkeypatch):
+    """The half-written state is passed over, and that is said; seconds go on counting."""
+    whole, save, log = train(env, targets, tmp_path / "a"), torch.save, tmp_path / "b" / "log.csv"
 
-
-def train(tokenizer, targets, work, recipe=SMALL):
-    rows = mft.curriculum(POCKET, tokenizer, targets, recipe)
-    return mft.fine_tune(POCKET, tokenizer, new_model(tokenizer, TINY), rows, recipe, work)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tokenizer, targets, tmp_path_factory):
-    work = tmp_path_factory.mktemp("whole")
-    return train(tokenizer, targets, work).state_dict(), (work / "log.csv").read_text()
-
-
-def test_F3_a_run_that_was_cut_ends_like_one_that_was_not(tokenizer, targets, whole_run, tmp_path,
-                                                          monkeypatch):
-    weights, log = whole_run
-    def interrupted(self, args, state, *rest, **more):
-        if state.global_step == 5:
+    def die(content, path, *arguments, **options):
+        if str(path).endswith("checkpoint-4/optimizer.pt"):
+            Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
-    monkeypatch.setattr(mft.DevLog, "on_step_end", interrupted, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        train(tokenizer, targets, tmp_path)
-    monkeypatch.undo()
-    # F1, F2: the newest state is broken, so the one before is taken, and that is said
-    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+        save(content, path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(env, targets, log.parent)
+    pd.read_csv(log).assign(seconds=1_000.0).to_csv(log, index=False)
     with pytest.warns(UserWarning, match="passing over an incomplete checkpoint"):
-        continued = train(tokenizer, targets, tmp_path).state_dict()
-    assert all(torch.equal(continued[name], weights[name]) for name in weights)
-    def without_seconds(text):
-        return [line.rsplit(",", 1)[0] for line in text.splitlines()]
-    assert without_seconds((tmp_path / "log.csv").read_text()) == without_seconds(log)
+        assert same(train(env, targets, log.parent), whole)
+    one, two = pd.read_csv(tmp_path / "a" / "log.csv"), pd.read_csv(log)
+    assert one["step"].tolist() == [2, 4, 6, 8] and two["seconds"].min() >= 1_000
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
 
 
-def check_full_disk(tokenizer, targets, whole_run, work, monkeypatch):
-    """The run stops at step 4, step 2 is whole, and the same call goes on to the same weights."""
-    with pytest.raises(OSError, match="step 4 could not be written .* make room"):
-        train(tokenizer, targets, work)
-    monkeypatch.undo()
-    verify_folder(work / "checkpoint-2")
-    weights = train(tokenizer, targets, work).state_dict()
-    assert all(torch.equal(weights[name], whole_run[0][name]) for name in weights)
-    verify_folder(work / "checkpoint-8")
+def test_steps_limit_a_run_and_none_leaves_the_start(env, targets, tmp_path):
+    start = tiny_model(env.tokenizer).float().state_dict()
+    for steps, done in ((0, []), (3, [2, 3]), (99, [2, 4, 6, 8])):  # no row comes twice
+        end = train(env, targets, tmp_path / str(steps), replace(SMALL, steps=steps))
+        assert pd.read_csv(tmp_path / str(steps) / "log.csv")["step"].tolist() == done
+        assert same(end, start) == (steps == 0)
 
 
-@pytest.mark.parametrize("error", FULL[:1] + FULL[2:3], ids=lambda error: type(error).__name__)
-@pytest.mark.filterwarnings("ignore:passing over an incomplete checkpoint")
-def test_F4_a_disk_full_while_saving_leaves_the_last_checkpoint(
-        tokenizer, targets, whole_run, tmp_path, monkeypatch, error):
-    fill_disk(monkeypatch, "checkpoint-4/optimizer.pt", error)
-    check_full_disk(tokenizer, targets, whole_run, tmp_path, monkeypatch)
-
-
-def test_F4_a_disk_full_while_logging_leaves_the_last_checkpoint(
-        tokenizer, targets, whole_run, tmp_path, monkeypatch):
-    def full(self, step, *values, **options):
-        if step == 4:
-            with self.path.open("a") as stream:
-                stream.write("4,0.")
-            raise FULL[0]
-        real(self, step, *values, **options)
-
-    real = mft.TrainingLog.write
-    monkeypatch.setattr(mft.TrainingLog, "write", full)
-    check_full_disk(tokenizer, targets, whole_run, tmp_path, monkeypatch)
-    lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines[1:]] == ["2", "4", "6", "8"]
-
-
-def test_F24_a_loss_that_is_not_finite_stops_the_run(tokenizer, targets, tmp_path):
-    model = new_model(tokenizer, TINY)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(float("inf"))
-    rows = mft.curriculum(POCKET, tokenizer, targets, SMALL)
+def test_a_loss_that_is_not_finite_stops_the_run(env, targets, tmp_path, monkeypatch):
+    monkeypatch.setattr(mft, "token_weights", lambda *_: torch.full((len(env.tokenizer),), np.nan))
     with pytest.raises(FloatingPointError, match="at step 2; lower the learning rate"):
-        mft.fine_tune(POCKET, tokenizer, model, rows, SMALL, tmp_path)
-
-
-def test_a_work_folder_of_another_recipe_is_refused(tmp_path):
-    mft.same_recipe(tmp_path, {"samples": 8})
-    mft.same_recipe(tmp_path, {"samples": 8})
-    with pytest.raises(ValueError, match="holds a run with another samples"):
-        mft.same_recipe(tmp_path, {"samples": 4})
-
-
-def test_calibration_of_a_writer_who_knows_himself(tokenizer):
-    """Replays with exact tags: every tag is right, and nothing is skipped that can be solved."""
-    papers = draw_papers(POCKET, 12, seed=3)
-    exams = [Exam(order_problems(p, ORDERS[i % 3], f"0/{i}"), ORDERS[i % 3])
-             for i, p in enumerate(papers)]
-    ample = mft.ample_budget(POCKET, exams)
-    problems = [p for exam in exams for p in exam.problems]
-    singles = [Exam((p,), "easy") for p in problems]
-    base = reference_generator(POCKET, tokenizer, exams, [ample], "direct")
-    base.responses |= reference_generator(POCKET, tokenizer, singles, [128], "direct").responses
-    tagged = {}
-    for exam in exams:
-        targets = reference_targets(tokenizer, problems=exam.problems)
-        row = mft.make_row(POCKET, tokenizer, targets, ample)
-        tagged[tuple(row.prompt)] = row.response[:-1]
-    result = mft.calibrate(POCKET, tokenizer, base, ReplayGenerator(tagged, tokenizer.eos_token_id),
-                           papers, k=1)
-    for tier in TIERS:
-        assert all(x in (None, 1.0) for x in result["tag_accuracy"][tier])
-        assert result["skip_rate"][tier] == result["refused"][tier]
-        assert result["answer_accuracy"][tier]["base"] == 1.0
-    counts = np.array(result["confusion"])
-    assert counts.sum() == np.trace(counts) > 0
-    assert result["missed_skips"] == 0
-
-
-def test_responses_that_never_close_a_tag(tokenizer):
-    papers = draw_papers(POCKET, 2)
-    class Open(dict):
-        def __missing__(self, key):
-            return tokenizer("Q1. <predicted_level>Level-1 \\boxed{7}").input_ids
-    generator = ReplayGenerator(Open(), tokenizer.eos_token_id)
-    with pytest.raises(ValueError, match="not one of 2 responses holds a closed level tag"):
-        mft.calibrate(POCKET, tokenizer, generator, generator, papers)
-
-
-@pytest.mark.parametrize(("setting", "message"), [
-    ("sample=4", "the recipe has no 'sample'; choose from problems, samples"),
-    ("samples=many", "--set samples=many: the value must be a int"),
-    ("samples=4.5", "the value must be a int"),
-])
-def test_a_recipe_changed_badly(setting, message):
-    with pytest.raises(ValueError, match=message):
-        change(POCKET.mft, [setting])
-
-
-def test_a_recipe_changed():
-    recipe = change(POCKET.mft, ["samples=4", "keep=median", "learning_rate=1e-4", "bf16=true"])
-    assert (recipe.samples, recipe.keep, recipe.learning_rate, recipe.bf16) == (4, "median", 1e-4,
-                                                                               True)
+        train(env, targets, tmp_path)
 
 
 def test_paper_world_rows_train_with_adapters(real_data, tmp_path):
     """Real GSM8K, MATH and AIME rows, LoRA, bf16 and checkpointing, on a random model."""
-    problems = mft.training_problems(PAPER, 6, root=real_data)
-    assert {p.tier for p in problems} == set(TIERS)
-    tokenizer = train_bpe((p.text + p.solution for p in problems), size=400)
-    targets = reference_targets(tokenizer, world=PAPER, problems=problems)
+    pool = load_pool(PAPER, "train", real_data)
+    problems = core.training_problems(PAPER, 6, pool=pool)
+    env = Environment(PAPER, train_bpe((p.text + p.solution for p in problems), size=400))
     recipe = replace(PAPER.mft, exams=8, rows=4, rows_at_once=2, dev_exams=1, log_every=3,
                      lora_rank=2)
-    rows = mft.curriculum(PAPER, tokenizer, targets, recipe)
-    before = new_model(tokenizer, TINY)
-    start = {k: v.clone() for k, v in before.state_dict().items()}
-    after = mft.fine_tune(PAPER, tokenizer, before, rows, recipe, tmp_path, real_data)
-    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, start[k])}
-    assert any("q_proj.weight" in k for k in changed) and not any("embed" in k for k in changed)
-    table = segment_table(PAPER, sit(PAPER, tokenizer, mft.TorchGenerator.of(after, tokenizer), [
-        Exam(tuple(problems[:1]), "easy")], 60, "roi"))
-    assert table["cost"][0] <= 60
+    rows = core.curriculum(env, reference_targets(env, problems), recipe)
+    start = tiny_model(env.tokenizer).float().state_dict()
+    after = mft.fine_tune(env, tiny_model(env.tokenizer).float(), rows, recipe, tmp_path, pool)
+    changed = {name for name, w in after.state_dict().items() if not torch.equal(w, start[name])}
+    assert changed and all("_proj.weight" in name for name in changed)
 
 
-# ---------------------------------------------------------------- the command
-QUICK = ["samples=1", "exams=8", "rows=4", "rows_at_once=2", "dev_exams=1", "save_every=2",
-         "card_papers=0"]
+# ---------------------------------------------------------------- the whole stage
+def test_calibration_of_a_writer_who_knows_himself(env):
+    """Replays with exact tags: every tag is right, and nothing is skipped that can be solved."""
+    papers = draw_papers(POCKET, 12, seed=3)
+    exams = in_orders(papers, ORDERS, 0)
+    base = reference_engine(env, exams, [768])
+    base.responses |= reference_engine(
+        env, [Exam((p,), "easy") for exam in exams for p in exam.problems], [128]).responses
+    rows = [core.make_row(env, reference_targets(env, exam.problems), 768) for exam in exams]
+    tagged = ReplayEngine({tuple(row.prompt): row.response[:-1] for row in rows},
+                          env.tokenizer.eos_token_id)
+    result = mft.calibrate(env, base, tagged, papers, k=1)
+    assert json.loads(json.dumps(result)) == result
+    for tier in TIERS:
+        assert set(result["tag_accuracy"][tier]) <= {None, 1.0}
+        assert result["skip_rate"][tier] == result["refused"][tier]
+        assert result["answer_accuracy"][tier]["base"] == 1.0
+    counts = np.array(result["confusion"])
+    assert counts.sum() == np.trace(counts) > 0 == result["missed_skips"]
+    assert "| hard | [1.0, " in mft.measured([{"tier": "easy"}], result | {"false_skips": None})
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Folders of tiny random models, a world each."""
-    folders = {}
-    for world in (POCKET, PAPER):
-        folders[world.name] = tmp_path_factory.mktemp("start") / "tiny"
-        new_model(load_tokenizer(world.tokenizer), TINY).save_pretrained(folders[world.name])
-    return folders
+def test_seconds_of_sampling_outlive_a_kill(env, engine, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    requests = [Request(env.prompt(Exam((PROBLEM,), "easy"), 64), 4, (i,)) for i in range(3)]
+    for _ in range(2):
+        stream = mft.TimedEngine(TorchEngine.of(engine.model, env.tokenizer, 1),
+                                 tmp_path / "sampling.json").stream(requests)
+        now[0] += 10
+        next(stream)
+        now[0] += 5
+        next(stream)
+    assert json.loads((tmp_path / "sampling.json").read_text()) == 10
 
 
-def header(world, model, seed=0):
-    return {"world": world.name, "method": "rejection sampling", "model": model_hash(str(model)),
-            "seed": seed}
-
-
-def sampled(world, path, head, count, root=None, tokenizer=None):
+def sampled(env, problems, work, start):
     """Write the samples of a run into its cache: a random model has no right ones of its own."""
-    tokenizer = tokenizer or load_tokenizer(world.tokenizer)
-    problems = mft.training_problems(world, count, root=root)
-    exams = [Exam((p,), "easy") for p in problems]
-    writer = reference_generator(world, tokenizer, exams, [world.level_edges[-1]], "direct")
-    path.mkdir(parents=True)
-    log = RunLog(path / "samples.jsonl", head)
-    mft.rejection_sample(world, tokenizer, LoggedGenerator(writer, log), problems, 1)
+    work.mkdir()
+    writer = reference_engine(env, [Exam((p,), "easy") for p in problems], [128])
+    log = RunLog(work / "samples.jsonl", {"world": "pocket", "method": "rejection sampling",
+                                          "model": model_hash(str(start)), "seed": 0})
+    core.rejection_sample(env, LoggedEngine(writer, log), problems, 1)
 
 
-def command(world, start, tmp_path, *settings, root=None):
-    options = [x for setting in (*QUICK, *settings) for x in ("--set", setting)]
-    main(["train", "mft", "--world", world.name, "--model", str(start[world.name]), "--work",
-          str(tmp_path / "work"), "--out", str(tmp_path / "out"), *options,
-          *(["--data", str(root)] if root else [])])
-
-
-def refused(capsys, tmp_path, *arguments):
-    """The one sentence of a refusal; the earlier checkpoint and whatever is in work stay."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"earlier")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json*") if p.is_file()}
-    with pytest.raises(SystemExit) as stop:
-        command(*arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("error: ") == 1
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"earlier"
-    assert all(p.read_bytes() == content for p, content in before.items())
-    return error
-
-
-def test_pocket_from_a_checkpoint_to_a_checkpoint(start, tmp_path):
-    sampled(POCKET, tmp_path / "work", header(POCKET, start["pocket"]), 8)
-    command(POCKET, start, tmp_path, "problems=8", "log_every=4")
-    verify_folder(tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "--world pocket`: 32 rows" in card and card.endswith("Not measured (`card_papers=0`).\n")
-    assert [r["problems"] for r in json.loads((tmp_path / "out" / "labels.json").read_text())] == [
-        r["problems"] for r in json.loads((tmp_path / "work" / "labels.json").read_text())]
-    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 3  # head, steps 4 and 8
-    assert not list((tmp_path / "out").glob("tokenizer*")) and "`pocket-tokenizer`" in card
-    first = load_model(str(tmp_path / "out"), "float32").state_dict()
-    # killed before the checkpoint was in place, the same command ends with the same weights
-    (tmp_path / "out").rename(tmp_path / "first")
-    command(POCKET, start, tmp_path, "problems=8", "log_every=4")
-    again = load_model(str(tmp_path / "out"), "float32").state_dict()
-    assert all(torch.equal(again[name], first[name]) for name in first)
-    before = load_model(str(start["pocket"]), "float32").state_dict()
-    assert not torch.equal(first["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-
-
-def test_a_start_with_its_own_tokenizer_hands_it_on(tmp_path):
-    """As models of the hub do; their heir read with the world's tokenizer would be nonsense."""
-    folder, problems = tmp_path / "start", mft.training_problems(POCKET, 8)
-    words = train_bpe((p.text + p.solution for p in problems), size=400)
-    new_model(words, TINY).save_pretrained(folder)
-    words.save_pretrained(folder)
-    words = load_tokenizer(str(folder))  # transformers adds Qwen's end of text, so that ...
-    with pytest.raises(CheckpointError, match="they do not belong together"):
-        mft.run(POCKET, tmp_path / "out", tmp_path / "work", SMALL, str(folder))
-    assert not (tmp_path / "work").exists()
-    new_model(words, TINY).save_pretrained(folder)
-    sampled(POCKET, tmp_path / "work", header(POCKET, folder), 8, tokenizer=words)
-    command(POCKET, {"pocket": folder}, tmp_path, "problems=8", "log_every=4", "tag_weight=1")
-    verify_folder(tmp_path / "out")
-    found = load_tokenizer(str(tmp_path / "out"), POCKET.tokenizer)
-    text = POCKET.prompts["roi"] + problems[0].text
-    assert found.get_vocab() == words.get_vocab() and len(found) > 400
-    assert found(text).input_ids == words(text).input_ids
-    assert found.chat_template == words.chat_template and found.eos_token == words.eos_token
-    assert f"Tokenizer: `{folder}`" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_paper_command_on_real_rows(start, tmp_path, real_data):
-    """GSM8K, MATH and AIME through the whole command: cache, labels, LoRA, bf16, checkpoint."""
-    sampled(PAPER, tmp_path / "work", header(PAPER, start["paper"]), 4, real_data)
-    command(PAPER, start, tmp_path, "problems=4", "exams=4", "log_every=4", "lora_rank=2",
-            root=real_data)
-    verify_folder(tmp_path / "out")
-    before, after = (load_model(str(folder), "float32").state_dict()
-                     for folder in (start["paper"], tmp_path / "out"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("_proj" in name for name in changed)
+@pytest.mark.parametrize("own", [False, True], ids=["the world's tokenizer", "a tokenizer"])
+def test_from_a_checkpoint_to_a_checkpoint_and_again(env, tmp_path, own):
+    """A start with a tokenizer of its own hands it on; read with the world's, all were nonsense."""
+    problems, recipe = core.training_problems(POCKET, 8), SMALL
+    if own:
+        words = train_bpe((p.text + p.solution for p in problems), size=400)
+        tiny_model(words).save_pretrained(tmp_path / "start")
+        words.save_pretrained(tmp_path / "start")  # transformers adds Qwen's end of text to it
+        env = Environment(POCKET, load_tokenizer(str(tmp_path / "start")))
+        recipe = replace(SMALL, tag_weight=1.0)
+    tiny_model(env.tokenizer).float().save_pretrained(tmp_path / "start")
+    sampled(env, problems, tmp_path / "work", tmp_path / "start")
+    (tmp_path / "work" / "sampling.json").write_text("6000")
+    for name in ("out", "again"):  # killed before the checkpoint is there, the command goes on
+        mft.train_mft(POCKET, tmp_path / name, tmp_path / "work", recipe, str(tmp_path / "start"))
+        verify_folder(tmp_path / name)
+    first, again, start = (load_model(str(tmp_path / name), "float32").state_dict()
+                           for name in ("out", "again", "start"))
+    assert same(first, again) and not same(first, start)
     labels = json.loads((tmp_path / "out" / "labels.json").read_text())
-    assert [row["family"] for row in labels] == ["gsm8k", "math", "aime"]
-    assert labels[0]["solve_rate"] > 0 and sum(row["problems"] for row in labels) == 12
-    assert (tmp_path / "out" / "log.csv").read_text().splitlines()[1].startswith("4,")
+    assert sum(row["problems"] for row in labels) == 24
+    assert [row["tier"] for row in labels] == [tier for tier in TIERS for _ in "12"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "32 rows" in card and "Not measured" in card
+    assert 100 <= float(re.search(r"([\d.]+) minutes", card)[1]) < 101  # sampling counts
+    found = load_tokenizer(str(tmp_path / "out"), POCKET.tokenizer)
+    assert found.get_vocab() == env.tokenizer.get_vocab()
+    assert (tmp_path / "out" / "tokenizer_config.json").exists() == own
 
 
-def test_no_right_sample_ends_the_command(start, tmp_path, capsys):
-    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
-    assert "not one of 3 sampled answers is right" in error
+def test_what_cannot_end_well_is_refused_before_the_work(env, tmp_path, refusal):
+    def run(recipe=SMALL):
+        return refusal(mft.train_mft, POCKET, out, work, recipe, str(start))
 
-
-@pytest.mark.parametrize("changed", [{"model": "another"}, {"world": "paper"}, {"seed": 1}])
-def test_samples_of_another_run_are_refused(start, tmp_path, capsys, changed):
-    sampled(POCKET, tmp_path / "work", header(POCKET, start["pocket"]) | changed, 1)
-    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
-    key, = changed
-    assert f"samples.jsonl is the log of another run: its {key} is" in error
-
-
-def test_a_work_folder_of_another_model_is_refused(start, tmp_path, capsys):
-    (tmp_path / "work").mkdir()
-    mft.same_recipe(tmp_path / "work", {"model": "another"})
-    error = refused(capsys, tmp_path, POCKET, start, tmp_path, "problems=1")
-    assert "holds a run with another" in error and "model" in error
-
-
-@pytest.mark.parametrize(("world", "setting", "message"), [
-    (POCKET, "keep=longest", "keep must be one of shortest, median, not 'longest'"),
-    (PAPER, "tag_weight=3", "one token for each level; give --set tag_weight=1"),
-])
-def test_a_bad_recipe_is_refused_before_anything_is_written(start, tmp_path, capsys, world,
-                                                            setting, message):
-    assert message in refused(capsys, tmp_path, world, start, tmp_path, setting)
-    assert not (tmp_path / "work").exists()
+    start, work, out = (tmp_path / name for name in ("start", "work", "out"))
+    tiny_model(env.tokenizer).save_pretrained(start)
+    settings = (start / "generation_config.json").read_text()
+    (start / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    assert "generation_config" in run()
+    (start / "generation_config.json").write_text(settings)
+    out.write_text("a thesis")
+    assert "name another --out" in run()
+    assert out.read_text() == "a thesis" and not work.exists()
+    out.unlink()
+    assert "not one of 24 sampled answers is right" in run()
+    assert "holds a run with another seed" in run(replace(SMALL, seed=1))

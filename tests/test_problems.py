@@ -6,8 +6,7 @@ from itertools import islice
 
 import pytest
 
-from roi_lib.problems import FAMILIES, MAX_NUMBER, sample_problem, split_of
-from roi_lib.sources import problem_stream
+from roi_lib.problems import FAMILIES, MAX_NUMBER, problem_stream, sample_problem, split_of
 from roi_lib.worlds import POCKET, TIERS
 
 FAMILY_TIERS = [(family, tier) for tier in TIERS for family in POCKET.families[tier]]

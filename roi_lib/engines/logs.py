@@ -1,0 +1,125 @@
+"""Run logs: responses on disk as they come, so that a run can stop, go on, and be replayed.
+
+A log is JSON Lines: the first line names the run, each other one holds the rollouts of a request,
+found again by a hash of all that decides them. A log of another run is refused, a bad line is
+named, a last line cut short by a kill is dropped. Many may read a log while one process writes it.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from roi_lib.generation import Engine, Request, Rollout, Stream
+
+#: A progress bar comes only when a run takes long [s], and changes seldom.
+BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}
+
+
+def request_key(request: Request, temperature: float) -> str:
+    """A hash of user message, budget, seed, number of rollouts and temperature; of the prompt's
+    ids only where there is no message, for a chat template may write a date into them."""
+    words = [request.message or list(request.prompt), request.budget, list(request.seed),
+             request.n, float(temperature)]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
+
+
+class RunLog:
+    """One log file. Rows whose request failed are not kept: they will be asked again.
+
+    Args:
+        path: continued if it exists; None: the log is kept in memory alone.
+        header: what the run is, JSON-ready; to read a log, a tuple of values that will do.
+
+    Raises:
+        ValueError: a log of another run, or a bad line, with file and line.
+    """
+
+    def __init__(self, path: Path | None, header: dict) -> None:
+        self.path, self.header = path, header
+        self.rows: dict[str, list[Rollout]] = {}
+        if path and path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        if lines.pop():
+            warnings.warn(f"{self.path}, line {len(lines) + 1}: cut short; dropped", stacklevel=4)
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if number > 1:
+                    self.rows[row["key"]] = [Rollout(**r | {"ids": tuple(r["ids"])})
+                                             for r in row["rollouts"]]
+                    continue
+                found = dict(row["run"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}: not a line of a run log "
+                                 f"({error}); remove the line or the file") from error
+            for key, value in self.header.items():
+                wanted = value if isinstance(value, tuple) else (value,)
+                if found.get(key) not in wanted:
+                    raise ValueError(f"{self.path} is the log of another run: its {key} is "
+                                     f"{found.get(key)!r}, not {wanted[0]!r}; name another folder")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep the file to this process; `ValueError`: another one is writing it."""
+        try:  # the lock goes with the process, however it ends
+            with FileLock(f"{self.path}.lock", timeout=0) if self.path else nullcontext():
+                if self.path and self.path.exists():
+                    with self.path.open("rb+") as stream:  # a line cut short may be there
+                        stream.truncate(stream.read().rfind(b"\n") + 1)
+                yield
+        except Timeout as error:
+            raise ValueError(f"another process is writing {self.path}; wait for it, or name "
+                             "another folder with --log") from error
+
+    def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
+        """Keep the rollouts of one request; on disk when this returns. Needs `writing`."""
+        if any(r.failed for r in rollouts):
+            return
+        self.rows[key] = list(rollouts)
+        row = {"key": key, "rollouts": list(map(asdict, rollouts))}
+        if self.path:
+            with self.path.open("a") as stream:
+                lines = [row] if stream.tell() else [{"run": self.header}, row]
+                stream.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class LoggedEngine(Engine):
+    """An engine that looks into a log first, and keeps there what it has to make.
+
+    Args:
+        engine: makes what the log does not hold; None: everything must be in the log (a replay).
+        log: the log; None for one in memory, so that equal requests are answered once.
+        progress: what a bar on standard error calls the run, if it takes long; None for no bar.
+    """
+
+    def __init__(self, engine: Engine | None, log: RunLog | None = None,
+                 progress: str | None = None) -> None:
+        self.engine, self.log, self.progress = engine, log or RunLog(None, {}), progress
+
+    def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
+        """See `Engine`; `ValueError`: a replay of what is not in the log, or a log in use."""
+        keys, known = [request_key(request, temperature) for request in requests], self.log.rows
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        if missing and self.engine is None:
+            raise ValueError(f"{self.log.path or 'no --log: it'} lacks {len(missing)} of "
+                             f"{len(keys)} responses; ask for the exams, budgets and seed it has")
+        yield from [(i, known[key]) for i, key in enumerate(keys) if key in known]
+        if not missing:
+            return
+        with self.log.writing(), tqdm(
+                desc=self.progress, disable=self.progress is None, total=len(requests),
+                initial=len(requests) - len(missing), **BAR) as bar:
+            for j, rollouts in self.engine.stream([requests[i] for i in missing], temperature):
+                self.log.append(keys[missing[j]], rollouts)
+                bar.update()
+                yield missing[j], rollouts

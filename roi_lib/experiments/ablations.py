@@ -1,0 +1,130 @@
+"""What each choice of RARL is worth: the same recipe with one thing changed, all in one table.
+
+    ABLATIONS     name -> what it is there to show, what is changed, and where the run starts
+    run_variant   one of them, in a process of its own: train, measure, diagnose
+    ablate        all of them, two at a time, to a table and their logs
+    write_seeds   checkpoints of several seeds in one table of the same form
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from roi_lib.exams import draw_papers
+from roi_lib.experiments.diagnosis import diagnose
+from roi_lib.problems import Problem
+from roi_lib.store.checkpoints import load_environment, load_model
+from roi_lib.store.files import write_csv
+from roi_lib.training.rarl import PAPERS_SEED, measure, train
+from roi_lib.worlds import RARLRecipe, World, check_choice
+
+#: name -> (what it shows; recipe -> what is changed, None: the start is measured; start).
+ABLATIONS = {
+    "mft": ("the start of the other runs", None, "mft"),
+    "reference": ("the recipe as it is", lambda r: {}, "mft"),
+    "from_base": ("without MFT no response has a tag, so none earns anything", lambda r: {},
+                  "base"),
+    "answer_only": ("without the condition on the level, tags are free to drift",
+                    lambda r: {"reward": "answer"}, "mft"),
+    "skip_bonus": ("a small reward for a right skip", lambda r: {"reward": "skip_bonus"}, "mft"),
+    "grpo": ("GRPO's two normalisers instead of Dr. GRPO",
+             lambda r: {"scale": "std", "normalizer": "length"}, "mft"),
+    "high_rate": ("ten times the learning rate: the policy collapses",
+                  lambda r: {"learning_rate": 10 * r.learning_rate}, "mft"),
+    "single_budget": ("the smallest budget only: too many skips under the others",
+                      lambda r: {"budgets": (min(r.budgets),)}, "mft"),
+}
+COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
+           "regret_high", "skip_easy", "skip_medium", "skip_hard", "answers_tagged_right",
+           "skips_tagged_right", "tokens", "n_exams", "steps", "seed", "diagnosis"]
+
+
+def run_variant(
+    world: World, name: str, recipe: RARLRecipe, work: Path, n_papers: int, threads: int = 1,
+    train_pool: Sequence[Problem] | None = None, test_pool: Sequence[Problem] | None = None,
+) -> pd.DataFrame:
+    """Train and measure one variant; its rows of the table.
+
+    `work/NAME` keeps everything, what the run prints too; what is found there is not done again.
+    """
+    torch.set_num_threads(threads)
+    (_, change, start), folder = ABLATIONS[name], work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, found, steps = world.method(start).checkpoint, "", 0
+    with (folder / "output.txt").open("a", buffering=1) as out, redirect_stdout(out), \
+            redirect_stderr(out):
+        env, model = load_environment(world, checkpoint), load_model(checkpoint, "float32")
+        if change is not None:
+            model = train(env, model, replace(recipe, **change(recipe)), folder, train_pool)
+            found, steps = "; ".join(f.cause for f in diagnose(folder / "log.csv")), recipe.steps
+        papers = draw_papers(world, n_papers, seed=PAPERS_SEED, pool=test_pool)
+        records = measure(env, model, papers, name, folder / "exams")
+    return records.assign(variant=name, steps=steps, seed=recipe.seed, diagnosis=found)
+
+
+def ablate(
+    world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
+    n_papers: int = 400, jobs: int = 2, threads: int = 1,
+    train_pool: Sequence[Problem] | None = None, test_pool: Sequence[Problem] | None = None,
+) -> pd.DataFrame:
+    """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each.
+
+    `work` is what the runs keep: the same command goes on where it stopped. The table goes to
+    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. All are measured on the same `n_papers`
+    unseen papers. `ValueError`: unknown name, or a variant that failed, once the others are done.
+    """
+    names = list(names or ABLATIONS)
+    for name in names:
+        check_choice("variant", name, ABLATIONS)
+    tables, failed = {}, {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
+        runs = {executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
+                                train_pool, test_pool): name for name in names}
+        for run in tqdm(as_completed(runs), "variants", len(runs), file=sys.stderr):
+            if run.exception():
+                failed[runs[run]] = run.exception()
+            else:
+                tables[runs[run]] = run.result()
+    done = [name for name in names if name in tables]
+    if done:
+        table = pd.concat([tables[name] for name in done])[COLUMNS].round(4)
+        write_table(out, table, {name: work / name / "log.csv" for name in done
+                                 if ABLATIONS[name][1] is not None})
+    for name, error in failed.items():
+        raise ValueError(f"{name} failed ({error}); run the same command again") from error
+    return table
+
+
+def write_seeds(checkpoints: Sequence[tuple[int, Path]], out: Path) -> None:
+    """Checkpoints of RARL, (seed of the training, folder), in one table of the same columns.
+
+    The start, the same for all, comes once. The runs' logs become TABLE/SEED.csv.
+
+    Raises:
+        OSError: a folder without `exam.csv` or `log.csv`.
+    """
+    tables = []
+    for i, (seed, folder) in enumerate(checkpoints):
+        rows = pd.read_csv(folder / "exam.csv").rename(columns={"method": "variant"})
+        rows["seed"] = rows["variant"].map({"rarl": seed})
+        tables.append(rows if i == 0 else rows[rows["variant"] != "start"])
+    table = pd.concat(tables).reindex(columns=COLUMNS).astype({"seed": "Int64"})
+    write_table(out, table.round(4), {str(seed): folder / "log.csv"
+                                      for seed, folder in checkpoints})
+
+
+def write_table(out: Path, table: pd.DataFrame, logs: dict[str, Path]) -> None:
+    """Write the table in one piece, and the logs into the folder of its name."""
+    write_csv(out, table)
+    out.with_suffix("").mkdir(parents=True, exist_ok=True)
+    for name, log in logs.items():
+        shutil.copy(log, out.with_suffix("") / f"{name}.csv")

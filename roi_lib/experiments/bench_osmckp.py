@@ -1,0 +1,70 @@
+"""Times the OS-MCKP solver, and the hindsight problem beside scipy's mixed-integer program.
+
+The instances are random but seeded; times are the best of a few repeats, in milliseconds.
+"""
+
+import time
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+
+from roi_lib import osmckp
+from roi_lib.osmckp import SKIP, Action, Instance
+
+
+def random_instance(n: int, budget: int, k: int, s: int, seed: int = 0) -> Instance:
+    """N classes of SKIP and k - 1 actions with s outcomes each; costs up to 0.7 B, rewards 0/1."""
+    rng = np.random.default_rng(seed)
+
+    def act(name):
+        cost = rng.integers(1, max(2, int(0.7 * budget)), s)
+        return Action(name, np.column_stack([rng.dirichlet(np.ones(s)), cost, rng.random(s) < 0.7]))
+
+    return Instance(budget, [[SKIP] + [act(f"effort {j}") for j in range(1, k)] for _ in range(n)])
+
+
+def milp_value(costs: list, rewards: list, budget: int) -> float:
+    """One exam with known outcomes, N arrays (K_i,) each, by scipy.optimize.milp with gap 0."""
+    owner = np.repeat(np.arange(len(costs)), [len(c) for c in costs])
+    one_each = (owner == np.arange(len(costs))[:, None]).astype(float)
+    spend = np.minimum(np.concatenate(costs), budget + 1)[None]
+    result = milp(-np.concatenate(rewards), integrality=np.ones(len(owner)), bounds=(0, 1),
+                  constraints=[LinearConstraint(one_each, 1, 1),
+                               LinearConstraint(spend, -np.inf, budget)],
+                  options={"mip_rel_gap": 0})
+    return -result.fun
+
+
+def best_ms(function, repeats: int):
+    """The shortest time of a few calls, and the last result."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times), result
+
+
+def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
+    """The dynamic program for known outcomes beside milp, on the same draws."""
+    instance = random_instance(n, budget, 4, 64)
+    draws = osmckp.draw(instance, exams)
+    tables = [[[getattr(a, what)[pick[:, k]] for k, a in enumerate(actions)]
+               for actions, pick in zip(instance.classes, draws, strict=True)]
+              for what in ("cost", "reward")]
+    rows = [[[np.array([column[run] for column in columns]) for columns in table]
+             for table in tables] for run in range(exams)]
+    dp_ms, dp = best_ms(lambda: osmckp.hindsight_scores(instance, draws), repeats)
+    milp_ms, ip = best_ms(lambda: [milp_value(*row, budget) for row in rows], 1)
+    return {"exams": exams, "N": n, "B": budget, "K": 4, "dp_ms_per_exam": dp_ms / exams,
+            "milp_ms_per_exam": milp_ms / exams, "speedup": milp_ms / dp_ms,
+            "largest_difference": float(np.abs(dp - np.array(ip)).max())}
+
+
+def bench(exams: int = 200, repeats: int = 5) -> dict:
+    """All timings as one JSON-ready dict; about ten seconds."""
+    instance = random_instance(3, 4096, 4, 256)
+    ms, solution = best_ms(lambda: osmckp.solve(instance), repeats)
+    return {"one_instance": {"N": 3, "B": 4096, "K": 4, "S": 256, "ms": ms, "target_ms": 25,
+                             "value": solution.value},
+            "offline_vs_milp": [offline(n, 1024, exams, repeats) for n in (3, 12)]}

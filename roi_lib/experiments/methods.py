@@ -1,0 +1,275 @@
+"""Methods: who takes the exams, with which engine, and what comes back.
+
+    Comparison                what the methods share: papers, seed, temperature, engine
+    run_methods, run_method   several side by side on the cores; one, under some budgets
+    Results                   every problem sat, the rational bounds, what else there is to say
+
+Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone; a
+level stands for a cost, and the cheapest problems are chosen while the sum fits the budget. Only
+those are sat, as one exam, in the order of the paper.
+"""
+
+import gc
+import os
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import compress
+from multiprocessing import get_context
+
+import numpy as np
+import pandas as pd
+import torch
+
+from roi_lib.engines import EngineConfig
+from roi_lib.engines.replay import reference_engine
+from roi_lib.exams import Environment, Exam, in_orders
+from roi_lib.generation import Engine, Rollout
+from roi_lib.osmckp import greedy_knapsack
+from roi_lib.problems import Problem
+from roi_lib.rational import SAMPLES, Outcomes, check_samples, rational_bounds, sample_outcomes
+from roi_lib.sitting import COLUMNS, responses, sit, tabulate
+from roi_lib.store.checkpoints import load_environment, locate
+from roi_lib.store.files import CheckpointError
+from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the methods of one comparison share."""
+
+    world: World
+    papers: Sequence[Sequence[Problem]]  # each a sequence of problems, whatever their order
+    seed: int = 0  # of medium orders and of sampling
+    temperature: float = 1.0  # of sampling; 0 is greedy
+    model: str | None = None  # checkpoint instead of the methods' own
+    tokenizer: str | None = None  # instead of the checkpoint's
+    engine: EngineConfig = EngineConfig()
+    samples: int = SAMPLES  # attempts a problem by which the rational method goes
+    orders: tuple[str, ...] = ORDERS  # in which the papers are sat
+
+    def exams(self, order: str) -> list[Exam]:
+        """The papers in one order."""
+        return in_orders(self.papers, [order], self.seed)
+
+    def places(self, order: str) -> np.ndarray:
+        """Which of the paper's problems stands at each position, [papers, problems]."""
+        return np.array([[list(paper).index(problem) for problem in exam.problems]
+                         for paper, exam in zip(self.papers, self.exams(order), strict=True)])
+
+    def checkpoint(self, name: str) -> str | None:
+        """The checkpoint of a method; a `CheckpointError` where its own is not there."""
+        method = self.world.method(name)
+        if self.model or method.checkpoint is None:
+            return self.model
+        if locate(method.checkpoint) is None and "/" not in method.checkpoint:
+            raise CheckpointError(
+                f"method {name!r} needs the checkpoint data/{method.checkpoint}, which is not "
+                "there: make it (see python -m roi_lib train --help), or leave the method out")
+        return method.checkpoint
+
+    def environment(self, name: str) -> Environment:
+        """World and tokenizer of a method. What a chat server calls its model names no tokenizer:
+        its text is charged in the world's."""
+        served = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
+        return load_environment(self.world, None if served else self.checkpoint(name),
+                                self.tokenizer)
+
+
+@dataclass
+class Results:
+    """What came back, of one method or of many."""
+
+    table: pd.DataFrame  # `sitting`'s table without prompts, and with a column `method`
+    bounds: pd.DataFrame  # `rational_bounds`, with `method` in front of its index
+    outcomes: Outcomes | None = None  # the attempts behind the bounds, without tags
+    facts: dict = field(default_factory=dict)  # (method, budget) -> more columns of its records
+    usage: dict = field(default_factory=dict)  # method -> what a server charged (`Usage`)
+
+    @classmethod
+    def join(cls, parts: Sequence["Results"]) -> "Results":
+        """Several as one, in their sequence."""
+        outcomes = next((p.outcomes for p in parts if p.outcomes), None)
+        return cls(pd.concat([p.table for p in parts], ignore_index=True),
+                   pd.concat([p.bounds for p in parts]), outcomes,
+                   {k: v for p in parts for k, v in p.facts.items()},
+                   {k: v for p in parts for k, v in p.usage.items()})
+
+
+def available(world: World) -> list[str]:
+    """The world's methods with a model whose checkpoint is on this machine."""
+    return [name for name, method in world.methods.items()
+            if method.checkpoint and locate(method.checkpoint)]
+
+
+def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
+    """Let one method sit all papers in the comparison's orders under every budget.
+
+    Raises:
+        ValueError: unknown method, checkpoint not to be had, a budget too small, or the log of
+            another run.
+    """
+    method, checkpoint = comparison.world.method(name), comparison.checkpoint(name)
+    env, config = comparison.environment(name), comparison.engine
+    for budget in budgets:
+        env.check_budget(budget)
+    if method.checkpoint is None:
+        exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
+        engines = dict.fromkeys(budgets, reference_engine(env, exams, budgets, method.style))
+        engine = None
+    else:
+        engine = config.make(checkpoint, env.tokenizer, comparison.world.dtype)
+        run = {"world": comparison.world.name, "model": checkpoint, "seed": comparison.seed}
+        engines = {budget: config.logged(engine, name, budget, run) for budget in budgets}
+    if method.strategy == "rational":
+        return run_rational(comparison, name, env, engines[max(budgets)], budgets)
+    run_one = run_knapsack if method.strategy == "knapsack" else run_whole
+    parts = [run_one(comparison, method, env, engines[budget], budget) for budget in budgets]
+    table = pd.concat([table for table, _ in parts], ignore_index=True)
+    usage = {name: engine.usage} if hasattr(engine, "usage") else {}
+    return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
+                   facts={(name, b): facts for b, (_, facts) in zip(budgets, parts, strict=True)},
+                   usage=usage)
+
+
+def run_methods(
+    comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
+    workers: int | None = None,
+) -> Results:
+    """All methods under all budgets, in the order of the names.
+
+    Args:
+        workers: processes, each with its share of the cores; what they return does not depend on
+            their number. None: as many as pay (see `default_workers`).
+
+    Raises:
+        ValueError: see `run_method`; names and checkpoints are checked before any exam is sat.
+        ChildProcessError: a worker was killed.
+    """
+    names, budgets = list(dict.fromkeys(names)), list(dict.fromkeys(budgets))
+    strategies = {name: comparison.world.method(name).strategy for name in names}
+    checkpoints = [comparison.checkpoint(name) for name in names]
+    if "rational" in strategies.values():
+        check_samples(comparison.samples)
+    workers = workers or default_workers(comparison, checkpoints)
+    if workers == 1:
+        return Results.join([run_method(comparison, name, budgets) for name in names])
+    jobs = [(name, part) for name in names for part in (
+        [budgets] if strategies[name] == "rational" else [[budget] for budget in budgets])]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
+        running = {i: pool.submit(run_method, comparison, *jobs[i])
+                   for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
+        wait(running.values(), return_when=FIRST_EXCEPTION)
+        begun = [future for future in running.values() if not future.cancel()]
+        for error in filter(None, (future.exception() for future in begun)):
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError("a worker process was ended from outside, perhaps for lack "
+                                        "of memory; try --workers 1") from error
+            raise error
+        return Results.join([running[i].result() for i in range(len(jobs))])
+
+
+def begin_worker(threads: int) -> None:
+    """Make a fresh process ready; what it has imported is not searched for garbage again."""
+    torch.set_num_threads(threads)
+    gc.freeze()
+
+
+def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -> int:
+    """One process a core, four at most, where that pays: a small model keeps one core busy, but
+    not two. A process takes some seconds to start."""
+    folders = [locate(checkpoint) for checkpoint in checkpoints if checkpoint]
+    small = all(folder and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 2**26
+                for folder in folders)
+    if comparison.engine.name == "torch" and small and len(comparison.papers) * len(folders) >= 400:
+        return min(os.cpu_count() or 1, 4)
+    return 1
+
+
+def run_whole(comparison: Comparison, method: Method, env: Environment, engine: Engine,
+              budget: int) -> tuple[pd.DataFrame, dict]:
+    """The paper as one exam, which is what a model does by itself."""
+    return pd.concat([
+        sit(env, engine, comparison.exams(order), budget, style=method.style,
+            temperature=comparison.temperature, seed=comparison.seed)
+        for order in comparison.orders], ignore_index=True), {}
+
+
+def run_rational(comparison: Comparison, name: str, env: Environment, engine: Engine,
+                 budgets: Sequence[int]) -> Results:
+    """Attempts under the largest budget, then the exact solution, without and with tags."""
+    outcomes = sample_outcomes(env, engine, comparison.papers, max(budgets), comparison.samples,
+                               comparison.temperature, comparison.seed)
+    places = {order: comparison.places(order) for order in comparison.orders}
+    bounds = {label: rational_bounds(some, places, budgets) for label, some in (
+        (name, outcomes), (f"{name}_tagged", outcomes.tagged()))}
+    return Results(pd.DataFrame(), pd.concat(bounds, names=["method"]), outcomes)
+
+
+# ---------------------------------------------------------------- Greedy Knapsack
+def predict_levels(comparison: Comparison, method: Method, env: Environment, engine: Engine,
+                   budget: int) -> pd.DataFrame:
+    """Every problem of every paper alone, its prompt with the exam's budget, decoded no further
+    than a header with its tag; a row a problem."""
+    streams = [(i, j) for i, paper in enumerate(comparison.papers) for j, _ in enumerate(paper)]
+    alone = [Exam((comparison.papers[i][j],), "easy") for i, j in streams]
+    table = sit(env, engine, alone, budget, style=method.style, seed=comparison.seed,
+                temperature=comparison.temperature, streams=streams, cap=env.smallest_budget)
+    table["exam"] = [i for i, _ in streams]
+    return table
+
+
+def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,
+                 budget: int) -> tuple[pd.DataFrame, dict]:
+    """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction."""
+    predicted = predict_levels(comparison, method, env, engine, budget)
+    unread = predicted["predicted"] < 0
+    levels = predicted["predicted"].mask(unread, env.world.skip_level).to_numpy()
+    levels = levels.reshape(len(comparison.papers), -1)
+    tokens = predicted.groupby("exam")["tokens"].sum().to_numpy()
+    charges = tokens * method.charged
+    tables = []
+    for order in comparison.orders:
+        exams = comparison.exams(order)
+        own = np.take_along_axis(levels, comparison.places(order), 1)
+        chosen = [greedy_knapsack(row, budget - charge, env.world.centroids).tolist()
+                  for row, charge in zip(own, charges, strict=True)]
+        parts = []
+        for charge in sorted(set(charges)):  # one, unless a prediction ended before its tag
+            rows = [i for i, exam in enumerate(exams) if charges[i] == charge and any(chosen[i])
+                    and budget - charge >= env.smallest_budget]
+            if rows:
+                some = [Exam(tuple(compress(exams[i].problems, chosen[i])), order) for i in rows]
+                part = sit(env, engine, some, int(budget - charge), style=method.style,
+                           temperature=comparison.temperature, seed=comparison.seed)
+                parts.append(part.assign(exam=np.take(rows, part["exam"])))
+        tables.append(whole_papers(env, exams, budget, own, parts, charges))
+    return pd.concat(tables, ignore_index=True), {
+        "prediction_tokens": float(tokens.mean()), "prediction_charged": method.charged,
+        "unread_levels": float(unread.mean())}
+
+
+def whole_papers(
+    env: Environment, exams: Sequence[Exam], budget: int, levels: np.ndarray,
+    parts: Sequence[pd.DataFrame], charges: np.ndarray,
+) -> pd.DataFrame:
+    """Tables of the problems chosen, as one of the whole papers; the others are skipped.
+
+    Where nothing was chosen, nothing was written. The tokens of the prediction pass that are
+    charged, one number an exam, are the response's preamble.
+    """
+    key, nothing = ["exam", "problem"], [[Rollout((), True)]] * len(exams)
+    table = tabulate(env, exams, budget, nothing).assign(
+        skipped=True, answer=SKIP_ANSWER, predicted=levels.ravel(), real=env.world.skip_level)
+    if parts:
+        sat = pd.concat(parts).drop(columns="position").assign(budget=budget)
+        sat, whole = sat.merge(table[[*key, "position"]]), responses(sat).set_index("exam")
+        rest = table.merge(sat[key], on=key, how="left_anti")
+        here = rest["exam"].isin(whole.index)
+        for column in COLUMNS[COLUMNS.index("tokens"):]:  # what belongs to the response
+            rest.loc[here, column] = rest.loc[here, "exam"].map(whole[column])
+        table = pd.concat([rest, sat]).sort_values(["exam", "position"], ignore_index=True)
+    extra = charges[table["exam"]]
+    return table.assign(tokens=table["tokens"] + extra, preamble=table["preamble"] + extra)

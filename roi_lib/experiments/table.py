@@ -1,0 +1,191 @@
+"""The main table: records of a comparison, how they are shown, and the rollouts behind them.
+
+    make_records      a row for each method, budget and order: Score, Regret and all else
+    show_order        one order, a row a method, budgets side by side
+    save_comparison   records and rollouts as a folder that is small enough to keep
+    load_rollouts, load_bounds, load_outcomes    what lies in such a folder
+
+    papers.json       ids and seed of the papers (`store.papers`)
+    records.csv       the records
+    METHOD.parquet    a row a problem sat (`sitting`'s table); token ids of the first papers only
+    bounds.parquet    the rational test-taker (`rational.rational_bounds`)
+    outcomes.parquet  the attempts behind it, a row an attempt
+    manifest.json     sizes and hashes of these
+
+`python -m roi_lib exam ... --save FOLDER` writes it; the same command remakes it.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from roi_lib.evaluation import (
+    by_position,
+    per_exam,
+    score_and_regret,
+    shortfall,
+    summarize,
+    with_interval,
+)
+from roi_lib.experiments.methods import Comparison, Results
+from roi_lib.rational import Outcomes
+from roi_lib.store.checkpoints import model_label
+from roi_lib.store.files import verify_folder, write_csv, write_folder, write_json
+from roi_lib.store.papers import make_paper_list
+
+TRACED = 300  # papers whose responses are kept token by token
+CELL = ["method", "budget", "order"]
+
+
+def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
+    """The rational test-taker's numbers under `evaluation.summarize`'s names.
+
+    Its Score is the achievable side. Both tables are rows of `rational.rational_bounds` of one
+    budget, an exam each.
+    """
+    numbers = score_and_regret(bound["achievable"], easy["achievable"], seed)
+    for name in ("plug_in", "by_family", "hindsight"):
+        numbers |= with_interval(name, [bound[name]], lambda x: x, seed)
+    return numbers | by_position(bound, seed) | {
+        "tokens": float(bound.filter(like="tokens_").sum(axis=1).mean()),
+        "skip_rate": float(bound.filter(like="skipped_").to_numpy().mean()),
+        "over_budget": 0, "overrun_cut": 0, "failed": 0}
+
+
+def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
+    """One row for each method, budget and order, in the sequence of the results.
+
+    Where the rational test-taker is among the results, those of the others say what they leave
+    behind (`evaluation.shortfall`); where several methods are, how they differ from the first.
+    """
+    world, seed, bounds = comparison.world, comparison.seed, results.bounds
+    sat = dict(iter(results.table.groupby(CELL, sort=False))) if len(results.table) else {}
+    rational = {} if bounds.empty else {key: bounds.loc[key] for key in dict.fromkeys(
+        bounds.index.droplevel("exam"))}
+    cells = [(m, b, o) for m, b in dict.fromkeys((m, b) for m, b, _ in [*sat, *rational])
+             for o in comparison.orders]
+    points = {key: per_exam(sat[key])["points"].to_numpy() if key in sat
+              else rational[key]["achievable"].to_numpy() for key in cells}
+    labels = {m: model_label(comparison.checkpoint(m.removesuffix("_tagged")) or "")
+              for m in dict.fromkeys(m for m, _, _ in cells)}
+    records = []
+    for method, budget, order in cells:
+        key, easy = (method, budget, order), (method, budget, "easy")
+        record = {"world": world.name, "method": method, "model": labels[method], "order": order,
+                  "budget": budget, "n_exams": len(comparison.papers),
+                  "n_problems": len(comparison.papers[0]), "seed": seed,
+                  "temperature": comparison.temperature}
+        if key in rational:
+            record |= summarize_bound(rational[key], rational[easy], seed)
+        else:
+            record |= summarize(sat[key], sat[easy], seed) | results.facts[method, budget]
+            name = "rational_tagged" if world.method(method).tagged else "rational"
+            if (name, budget, order) in rational:
+                record |= shortfall(points[key], rational[name, budget, order],
+                                    rational[name, budget, "easy"], seed)
+        if method != cells[0][0]:
+            record |= {"difference_from": cells[0][0]} | with_interval(
+                "difference", [points[key], points[cells[0][0], budget, order]],
+                lambda x, y: x - y, seed)
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def brackets(low: float, high: float, form: str = ".3f") -> str:
+    """An interval as text; "--" where there is none."""
+    return "--" if np.isnan(low) else f"[{low:{form}},{high:{form}}]"
+
+
+def with_brackets(records: pd.DataFrame, name: str, form: str = ".3f") -> list[str]:
+    """A number of each record with its interval, as text."""
+    return ["--" if np.isnan(value) else f"{value:{form}} {brackets(low, high, form)}"
+            for value, low, high in records[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)]
+
+
+def show_order(records: pd.DataFrame, order: str = "hard") -> str:
+    """One order as text: a row a method; Score, Regret and tokens, budgets side by side."""
+    here = records[records["order"] == order]
+    parts = {f"{budget} tokens": own.set_index("method").assign(
+        Score=with_brackets(own, "score"), Regret=own["regret"].map("{:.3f}".format).tolist(),
+        tokens=own["tokens"].map("{:.1f}".format).tolist())[["Score", "Regret", "tokens"]]
+        for budget, own in here.groupby("budget", sort=False)}
+    return pd.concat(parts, axis=1).rename_axis(None).to_string()
+
+
+def show_details(records: pd.DataFrame) -> str:
+    """All records as text: Scores and Regrets; accuracy by position; what is lost to whom; how the
+    methods differ from the first one. Every number with its 95 % interval."""
+    positions = [c for c in records.columns if c.removeprefix("accuracy_").isdigit()]
+    texts = []
+    for names in (["score", "regret"], positions, [
+            "optimality_gap", "lost_to_order", "lost_to_allocation"], ["difference"]):
+        if set(names) <= set(records):
+            rows = records.dropna(subset=names)
+            block = rows[CELL].assign(**{name: with_brackets(rows, name) for name in names})
+            texts.append(block.to_string(index=False))
+    return "\n\n".join(texts)
+
+
+def save_comparison(
+    folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
+    split: str = "test", traced: int = TRACED,
+) -> None:
+    """Write the folder in one piece; an earlier one is replaced only at the very end."""
+    def fill(temporary: Path) -> None:
+        papers = make_paper_list(comparison.world, comparison.papers, split, comparison.seed)
+        write_json(temporary / "papers.json", asdict(papers))
+        write_csv(temporary / "records.csv", records.round(6))
+        for method, table in results.table.groupby("method", sort=False):
+            kept = table.drop(columns=["problem", "method"])
+            kept["ids"] = kept["ids"].where((kept["exam"] < traced) & (kept["position"] == 1))
+            kept.to_parquet(temporary / f"{method}.parquet", index=False, compression="zstd")
+        if results.outcomes:
+            results.bounds.reset_index().to_parquet(
+                temporary / "bounds.parquet", index=False, compression="zstd")
+            outcome_rows(results.outcomes).to_parquet(
+                temporary / "outcomes.parquet", index=False, compression="zstd")
+
+    write_folder(folder, fill)
+
+
+def outcome_rows(outcomes: Outcomes) -> pd.DataFrame:
+    """A row an attempt: exam, problem (from 0), attempt, family, cost, correct, skip, tag."""
+    exam, problem, attempt = (x.ravel() for x in np.indices(outcomes.cost.shape))
+    return pd.DataFrame({
+        "exam": exam, "problem": problem, "attempt": attempt,
+        "family": outcomes.family[exam, problem], "cost": outcomes.cost.ravel(),
+        "correct": outcomes.correct.ravel(), "skip": outcomes.skip, "tag": outcomes.tag})
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    verify_folder(folder)
+    path = folder / f"{name}.parquet"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.parquet")))
+        raise ValueError(f"{folder} holds no {name!r}; it has {known}")
+    return pd.read_parquet(path)
+
+
+def load_rollouts(folder: Path, method: str) -> pd.DataFrame:
+    """`sitting`'s table of one method, all budgets and orders (a `ValueError` if it is not there).
+
+    `ids` are there for the first papers alone, in the row of position 1.
+    """
+    return _read(folder, method)
+
+
+def load_bounds(folder: Path) -> pd.DataFrame:
+    """The rational test-taker, indexed by (method, budget, order, exam)."""
+    return _read(folder, "bounds").set_index([*CELL, "exam"]).sort_index()
+
+
+def load_outcomes(folder: Path) -> Outcomes:
+    """The attempts that the bounds follow from, without tags."""
+    rows = _read(folder, "outcomes")
+    shape = tuple(rows[["exam", "problem", "attempt"]].max() + 1)
+    cost, correct, family = (rows[c].to_numpy().reshape(shape)
+                             for c in ("cost", "correct", "family"))
+    return Outcomes(cost, correct, family[..., 0].astype(str), int(rows["skip"].iloc[0]),
+                    int(rows["tag"].iloc[0]))

@@ -1,0 +1,185 @@
+"""Checkpoints: models and tokenizers by name, and the state of a training run.
+
+A name is a folder, a name below `data/`, or a hub id, which `@` pins to a commit or a tag. Weights
+are safetensors, never a pickle, and no code that comes with a model is run. A checkpoint that is
+not to be had, or not whole, is a `CheckpointError`.
+"""
+
+import hashlib
+import re
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch as safetensors
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from roi_lib.exams import Environment
+from roi_lib.store import files
+from roi_lib.store.files import DATA, MANIFEST, CheckpointError
+from roi_lib.worlds import World
+
+logging.disable_progress_bar()  # a bar for a file of 3 MB is noise in a notebook
+
+
+def locate(name: str) -> Path | None:
+    """A checkpoint folder: a path, or a name below `data/`; None where neither exists."""
+    return next((path for path in (Path(name), DATA / name) if name and path.is_dir()), None)
+
+
+def hub_id(name: str) -> tuple[str, str]:
+    """Hub id and revision ("main" where none is pinned) of a name that is no folder."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not found:
+        raise CheckpointError(f"no checkpoint {name!r}: it is no folder, no name below "
+                              f"{DATA.name}/ and no hub id; name a local folder")
+    return found[1], found[2] or "main"
+
+
+def model_hash(name: str) -> str:
+    """What identifies a model: the hash of a folder's manifest or weights, or the whole hub id."""
+    folder = locate(name)
+    if folder is None:
+        return name
+    found = [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(
+        folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(map(files.file_hash, found)).encode()).hexdigest()
+
+
+def model_label(name: str) -> str:
+    """The same for a table: 12 digits of a folder's hash; a hub id, with its revision, whole."""
+    return model_hash(name)[:12] if locate(name) else name
+
+
+def weights_hash(model) -> str:
+    """SHA-256 of all weights of a model, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(kind, name: str, **options):
+    """What `kind` makes of a checkpoint; its failures, which are of many kinds, in one sentence."""
+    folder = locate(name)
+    place, revision = (folder, "main") if folder else hub_id(name)
+    if folder and (folder / MANIFEST).is_file():
+        files.verify_folder(folder)
+    try:
+        return kind.from_pretrained(place, revision=revision, trust_remote_code=False, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{name!r} cannot be loaded ({reason}); fetch it again (a pointer of "
+                              "git-lfs: `git lfs pull`), or name a local folder with config.json "
+                              "and whole *.safetensors, for pickles are refused") from error
+
+
+def load_config(name: str):
+    """The configuration of a checkpoint's model, without its weights."""
+    return _load(AutoConfig, name)
+
+
+def load_model(name: str, dtype: str = "auto"):
+    """The causal language model of a checkpoint, in eval mode, in "float32", "float64", ... or
+    ("auto") what the checkpoint holds."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CheckpointError(f"unknown dtype {dtype!r}; name float32, float64, bfloat16 or auto")
+    model, info = _load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True,
+                        output_loading_info=True)
+    if info["missing_keys"]:  # they would be random numbers
+        raise CheckpointError(f"the weights of {name!r} lack {min(info['missing_keys'])}; restore "
+                              "the folder, or name another one")
+    return model.eval()
+
+
+def check_saveable(model) -> None:
+    """Refuse, before the first step, a model that cannot be saved after the last one."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise CheckpointError("the model could not be saved: mend its generation_config.json "
+                              f"first ({' '.join(str(error).split())})") from error
+
+
+def tokenizer_name(name: str, default: str) -> str:
+    """Whose tokenizer a checkpoint goes with: `default`'s where it is a folder without one."""
+    folder = locate(name)
+    return default if folder and not (folder / "tokenizer_config.json").is_file() else name
+
+
+def load_tokenizer(name: str, default: str | None = None):
+    """The tokenizer of a checkpoint; see `tokenizer_name`."""
+    return _load(AutoTokenizer, tokenizer_name(name, default) if default else name)
+
+
+def own_tokenizer(name: str):
+    """The tokenizer that a checkpoint brought itself, for its heirs; None where it has none."""
+    return load_tokenizer(name) if tokenizer_name(name, "") else None
+
+
+def check_tokenizer(config, tokenizer, name: str) -> None:
+    """Refuse a tokenizer that has words for which the model of that name has no embedding."""
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise CheckpointError(
+            f"the model of {name!r} knows {size:,} tokens, but the tokenizer {len(tokenizer):,}: "
+            "they do not belong together; save the model's own tokenizer in its folder")
+
+
+def load_environment(
+    world: World, checkpoint: str | None = None, tokenizer: str | None = None
+) -> Environment:
+    """A world with the tokenizer of that name, or the checkpoint's own, or else the world's; one
+    that does not fit the checkpoint's model is refused."""
+    words = load_tokenizer(tokenizer or checkpoint or world.tokenizer, world.tokenizer)
+    if checkpoint and locate(checkpoint):
+        check_tokenizer(load_config(checkpoint), words, checkpoint)
+    return Environment(world, words)
+
+
+def save_training_state(folder: Path, model, optimizers, progress: dict) -> None:
+    """Save weights, optimizer state and progress, for an exact continuation."""
+    def fill(temporary: Path) -> None:
+        safetensors.save_model(model, temporary / "weights.safetensors")
+        safetensors.save_file({f"{i}/{parameter}/{name}": torch.as_tensor(value)
+                               for i, optimizer in enumerate(optimizers)
+                               for parameter, state in optimizer.state_dict()["state"].items()
+                               for name, value in state.items()},
+                              temporary / "optimizers.safetensors")
+        files.write_json(temporary / "progress.json", progress)
+
+    files.write_folder(folder, fill)
+
+
+def load_training_state(folder: Path, model, optimizers) -> dict:
+    """Put back what `save_training_state` saved, and return the progress."""
+    files.verify_folder(folder)
+    safetensors.load_model(model, folder / "weights.safetensors")
+    states: list[dict] = [{} for _ in optimizers]
+    for key, value in safetensors.load_file(folder / "optimizers.safetensors").items():
+        i, parameter, name = key.split("/")
+        states[int(i)].setdefault(int(parameter), {})[name] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return files.read_json(folder / "progress.json")
+
+
+def save_step(work: Path, model, optimizers, progress: dict) -> None:
+    """Save the training state of `progress["step"]` below `work`; keep it and the one before.
+    A broken state of the same step is moved aside, and nothing that is not ours is removed."""
+    folder = work / f"step-{progress['step']:06d}"
+    try:
+        files.check_replaceable(folder)
+    except CheckpointError:
+        folder.rename(work / f"broken-{folder.name}-{time.time_ns()}")
+    save_training_state(folder, model, optimizers, progress)
+    steps = sorted(path for path in work.glob("step-??????") if path <= folder)
+    for old in steps[:-2]:
+        with suppress(CheckpointError):
+            files.check_replaceable(old)
+            shutil.rmtree(old)

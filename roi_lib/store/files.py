@@ -1,0 +1,151 @@
+"""Files and folders that are whole or not there, and never cost anybody a file.
+
+A folder is filled beside its place, given a manifest of sizes and SHA-256 hashes as its last file,
+and renamed: a killed run leaves the earlier one. Only a folder that is exactly what its manifest
+says is ever replaced; whatever else lies there belongs to somebody.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A file or folder is missing, incomplete, changed, not ours, or does not fit its use."""
+
+
+def read_json(path: Path):
+    """The content of a JSON file of any origin; `CheckpointError` where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is cut short or no JSON ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in one piece; `ValueError` over a folder, a device or a symlink."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is no ordinary file and is not replaced; name another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        (Path(work) / "text").write_text(text, encoding="utf-8", newline="")
+        os.replace(Path(work) / "text", path)
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON in one piece."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: Path, table: pd.DataFrame | Iterable[dict]) -> None:
+    """Write a table, or rows that share their columns, as CSV in one piece."""
+    rows = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table), dtype=object)
+    write_text(path, rows.to_csv(index=False, lineterminator="\n"))
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; read again only where its size or time has changed."""
+    return _hash(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def _facts(folder: Path) -> dict[str, dict | None]:
+    """Size and hash of all that lies below a folder (None: of what is no file)."""
+    return {path.relative_to(folder).as_posix():
+            {"bytes": path.stat().st_size, "sha256": file_hash(path)} if path.is_file() else None
+            for path in sorted(folder.rglob("*"))
+            if path != folder / MANIFEST and (path.is_symlink() or not path.is_dir())}
+
+
+def write_manifest(folder: Path) -> None:
+    """Sizes and hashes of all files of a folder; written last, it says that the folder is whole."""
+    write_json(folder / MANIFEST, _facts(folder))
+
+
+def verify_folder(folder: Path, exactly: bool = False) -> None:
+    """Refuse a folder in which a file of its manifest is missing or changed; `exactly`: and one
+    that holds anything else. `CheckpointError`."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not there, not whole, or not ours")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not manifest:
+        raise CheckpointError(f"{folder / MANIFEST} is no manifest of this library")
+    found = _facts(folder)
+    if wrong := [name for name, facts in manifest.items() if found.get(name, 0) != facts]:
+        raise CheckpointError(f"{folder / wrong[0]} is missing, cut short or changed; restore the "
+                              "folder and retry")
+    if other := [name for name in found if exactly and name not in manifest]:
+        raise CheckpointError(f"{folder / other[0]} is not of this library")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse, before any work, a place where `write_folder` would cost somebody a file. Free are
+    a new name, an empty folder, and what is exactly as its manifest says. `CheckpointError`."""
+    try:
+        places = [folder, *folder.parents]
+        if folder.is_symlink() or any(path.exists() and not path.is_dir() for path in places):
+            raise CheckpointError("a file or a symlink is in its place")
+        if folder.exists() and any(folder.iterdir()):
+            verify_folder(folder, exactly=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is not replaced: {error}; name another --out") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a fresh folder, add the manifest, then put it in place. An error of
+    `fill` leaves an earlier folder as it was. `CheckpointError`: see `check_replaceable`."""
+    check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        fresh, earlier = Path(work) / "fresh", Path(work) / "earlier"
+        fresh.mkdir()
+        fill(fresh)
+        write_manifest(fresh)
+        check_replaceable(folder)  # again: filling may have taken hours
+        try:  # killed between the two renames, the earlier folder is whole in `work`
+            if folder.exists():
+                folder.rename(earlier)
+            fresh.rename(folder)
+        finally:
+            if earlier.exists() and not folder.exists():
+                earlier.rename(folder)
+
+
+def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
+    """The newest whole folder `PREFIX<step>` below `root`; broken ones are named, passed over."""
+    steps = {int(path.name[len(prefix):]): path for path in root.glob(f"{prefix}*")
+             if path.name[len(prefix):].isdigit()}
+    for step in sorted(steps, reverse=True):
+        try:
+            verify_folder(steps[step])
+            return steps[step]
+        except CheckpointError as error:
+            warnings.warn(f"passing over an incomplete checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def folder_lock(folder: Path):
+    """Keep a folder to this process in `with folder_lock(folder):`, however that ends.
+    `ValueError`: another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".roi_lib.lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing {folder}; wait for it, or name another "
+                         "folder") from error

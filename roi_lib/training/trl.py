@@ -1,0 +1,223 @@
+"""RARL through TRL's `GRPOTrainer`: for models that need LoRA, vLLM, or several GPUs.
+
+Exams, rollouts, rewards and log are those of `training.rarl`; TRL does the update, and a test holds
+the two gradients together. `rollout_func` is experimental in TRL 1.16, so everything that touches
+TRL's inside is in this file. What is set against TRL's defaults, and why: see `grpo_config`.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PrinterCallback, ProgressCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from roi_lib.engines import engine_for
+from roi_lib.exams import Environment, Exam
+from roi_lib.generation import Engine, Request, Stream, all_eos_ids, within_budget
+from roi_lib.problems import Problem
+from roi_lib.rarl import STYLE, exam_rewards, roll_out, training_exams
+from roi_lib.sitting import responses
+from roi_lib.store.checkpoints import weights_hash
+from roi_lib.store.files import folder_lock, newest_complete, write_manifest
+from roi_lib.training import common
+from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe, save_snapshot
+from roi_lib.worlds import RARLRecipe, check_choice
+
+#: Who samples: our torch engine; TRL's vLLM in the trainer's process, or behind `trl vllm-serve`.
+ENGINES = ("torch", "colocate", "server")
+#: Mean difference of vLLM's and the trainer's log-probabilities, as TRL's log has it.
+GAP = "sampling/sampling_logp_difference/mean"
+
+
+def grpo_config(
+    recipe: RARLRecipe, work: Path, engine: str = "torch", vllm_url: str | None = None
+) -> GRPOConfig:
+    """The recipe in TRL's terms; see `train`. `ValueError`: rows that do not divide, bad engine."""
+    trl, rows = recipe.trl, recipe.exams * recipe.rollouts
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate and torchrun set it
+    check_choice("engine", engine, ENGINES)
+    if recipe.exams % processes or rows % (processes * trl.rows_at_once):
+        raise ValueError(f"{recipe.exams} exams x {recipe.rollouts} rollouts do not divide among "
+                         f"{processes} processes at {trl.rows_at_once} rows at once; change "
+                         "exams or trl.rows_at_once")
+    vllm = {} if engine == "torch" else {
+        "use_vllm": True, "vllm_mode": engine, "vllm_server_base_url": vllm_url,
+        "vllm_gpu_memory_utilization": trl.vllm_memory,
+        # the default, sequence_mask, drops whole responses, and the longer ones first
+        "vllm_importance_sampling_mode": "token_truncate"}
+    return GRPOConfig(
+        output_dir=str(work), max_steps=recipe.steps, seed=recipe.seed, shuffle_dataset=False,
+        per_device_train_batch_size=trl.rows_at_once, num_generations=recipe.rollouts,
+        gradient_accumulation_steps=rows // (processes * trl.rows_at_once), num_iterations=1,
+        # Dr. GRPO takes both: the loss type alone would still divide by the standard deviation
+        loss_type="dr_grpo" if recipe.normalizer == "constant" else "grpo",
+        scale_rewards="none" if recipe.scale == "none" else "group",
+        max_completion_length=max(recipe.budgets),  # the constant normaliser
+        beta=0.0, mask_truncated_completions=False,  # a response cut by the budget must count
+        temperature=recipe.temperature, top_p=1.0, top_k=0, weight_decay=0.0,
+        learning_rate=recipe.learning_rate, lr_scheduler_type="constant",
+        max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16, ddp_find_unused_parameters=False,
+        gradient_checkpointing=trl.checkpointing, logging_steps=1, disable_tqdm=True,
+        logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
+        save_steps=recipe.save_every, save_total_limit=2, report_to="none",
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **vllm)
+
+
+class TrainerVLLM(Engine):
+    """The vLLM that a GRPOTrainer keeps in step with its weights; the temperature is the trainer's.
+
+    `logprobs` holds, after a call, what vLLM says of each token it drew: one list a rollout.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, eos_ids: Sequence[int]) -> None:
+        self.engine, self.eos_ids, self.logprobs = trainer.vllm_generation, eos_ids, []
+
+    def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
+        """See `Engine`; all requests have the same number of rollouts."""
+        self.engine.max_completion_length, n = max(r.budget for r in requests), requests[0].n
+        rows = [request for request in requests for _ in range(n)]
+        _, ids, scores, _ = self.engine.generate([list(r.prompt) for r in rows], None, n)
+        rollouts = [within_budget(list(tokens), request.budget, self.eos_ids)
+                    for tokens, request in zip(ids, rows, strict=True)]
+        self.logprobs = [[token[0] for token in row[: len(rollout.ids)]]
+                         for row, rollout in zip(scores, rollouts, strict=True)]
+        yield from enumerate(rollouts[i : i + n] for i in range(0, len(rollouts), n))
+
+
+class ExamRollouts:
+    """TRL's `rollout_func`: sits the step's exams under their budget, and rewards them.
+
+    Rewards travel with the rollouts under the key `reward`; `exam_reward` hands them to TRL.
+    """
+
+    def __init__(self, env: Environment, recipe: RARLRecipe, pool=None) -> None:
+        self.env, self.recipe, self.pool, self.row = env, recipe, pool, {}
+
+    def step(self, step: int) -> tuple[list[Exam], int, list[str]]:
+        """Exams, budget in tokens, and user messages of a step."""
+        exams, budget = training_exams(self.env.world, self.recipe, step, self.pool)
+        return exams, budget, [self.env.message(exam, budget, STYLE) for exam in exams]
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
+        """Rollouts of this process's prompts, which are exams of the step in whole groups.
+
+        Raises:
+            ValueError: they are not.
+            FloatingPointError: NaN or infinite logits; names the step.
+        """
+        step, n = trainer.state.global_step, self.recipe.rollouts
+        (exams, budget, messages), own = self.step(step), prompts[::n]
+        if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(messages):
+            raise ValueError(f"the prompts of step {step} are not its exams, {n} times each; give "
+                             "the trainer those of the same recipe, not shuffled")
+        numbers, words = [messages.index(message) for message in own], self.env.tokenizer
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        engine = engine_for(base, words) if not trainer.use_vllm else TrainerVLLM(
+            trainer, all_eos_ids(base.generation_config, words))
+        table = roll_out(self.env, engine, [exams[i] for i in numbers], budget, self.recipe, step,
+                         numbers)
+        model.train()
+        self.row = describe(table) | {"budget": budget}
+        whole = responses(table)
+        return {
+            "prompt_ids": list(map(list, whole["prompt"])),
+            # TRL takes no empty response: an end alone stands for a failed rollout
+            "completion_ids": [list(ids) or [words.eos_token_id] for ids in whole["ids"]],
+            "logprobs": [row or [0.0] for row in engine.logprobs] if trainer.use_vllm else None,
+            "reward": [None if math.isnan(r) else r for r in exam_rewards(table).ravel().tolist()]}
+
+
+def exam_reward(reward: list[float | None], **kwargs) -> list[float | None]:
+    """TRL's reward function: what `ExamRollouts` has found already."""
+    return reward
+
+
+class StepReport(ProgressCallback):
+    """Log, snapshots and progress bar as in `training.rarl`; marks whole checkpoints as whole.
+
+    With several processes, the first one writes; what it says of rollouts is of its own share.
+    """
+
+    def __init__(self, rollouts: ExamRollouts, work: Path) -> None:
+        super().__init__()
+        self.rollouts, self.work = rollouts, work
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Open the log, without the rows that come again; the start is kept as step 0."""
+        super().on_train_begin(args, state, control)
+        if state.is_world_process_zero:
+            self.log = common.TrainingLog(self.work / "log.csv", list(COLUMNS), state.global_step)
+            self.on_step_end(args, state, control, model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """One row a step; `FloatingPointError`: NaN or infinite loss or gradient."""
+        if "grad_norm" not in logs or not state.is_world_process_zero:
+            return
+        row, step = self.rollouts.row, state.global_step
+        common.check_finite(logs, f"step {step}, budget {row['budget']}")
+        # TRL measures the gap with vLLM; our torch engine samples with the trainer's own weights
+        self.log.append(row | {
+            "step": step, "grad_norm": float(logs["grad_norm"]), "entropy": float(logs["entropy"]),
+            "no_spread": float(logs["frac_reward_zero_std"]), "seconds": self.log.seconds(),
+            "logprob_gap": check_gap(float(logs[GAP])) if GAP in logs else math.nan})
+        self.training_bar.set_postfix({name: self.log.rows[-1][name] for name in SHOWN})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Keep the model (of a model with adapters: those) after the steps `recipe.snapshots`."""
+        super().on_step_end(args, state, control)
+        if state.global_step in self.rollouts.recipe.snapshots and state.is_world_process_zero:
+            save_snapshot(self.work, model, state.global_step)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """The manifest comes last: a checkpoint without it was not written to the end."""
+        args.distributed_state.wait_for_everyone()  # each process has its own file there
+        if state.is_world_process_zero:
+            write_manifest(self.work / f"checkpoint-{state.global_step}")
+
+
+def make_trainer(
+    env: Environment, model, recipe: RARLRecipe, work: Path, pool: Sequence[Problem] | None = None,
+    engine: str = "torch", vllm_url: str | None = None,
+) -> GRPOTrainer:
+    """A trainer that does what `training.rarl.train` does, with TRL's update; see `train`."""
+    rollouts = ExamRollouts(env, recipe, pool)
+    prompts = [m for step in range(recipe.steps) for m in rollouts.step(step)[2]]
+    trainer = GRPOTrainer(
+        model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
+        train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=env.tokenizer,
+        rollout_func=rollouts, peft_config=common.lora(recipe.trl.lora_rank),
+        callbacks=[StepReport(rollouts, work)])
+    trainer.remove_callback(PrinterCallback)  # it prints what the log holds
+    return trainer
+
+
+def train(
+    env: Environment, model, recipe: RARLRecipe, work: Path, pool: Sequence[Problem] | None = None,
+    engine: str = "torch", vllm_url: str | None = None,
+):
+    """Train with TRL, and return the model; continue from the newest whole checkpoint in `work`.
+
+    Start it with `accelerate launch` for several GPUs. Saves fall on step boundaries, where the
+    rollouts of a step have all been used (TRL resumes exactly only there). `engine` is who samples
+    (see `ENGINES`), `vllm_url` the address of a running `trl vllm-serve`.
+
+    Raises:
+        ValueError: `work` holds another run, or another process is at it; see `grpo_config`.
+        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
+        OSError: the disk is full.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes, this one has the lock
+    with folder_lock(work) if first else nullcontext():
+        if first:
+            common.same_recipe(work, asdict(recipe) | {
+                "world": env.world.name, "start": weights_hash(model)})
+        trainer = make_trainer(env, model, recipe, work, pool, engine, vllm_url)
+        return common.run_trainer(trainer, newest_complete(work, "checkpoint-"))

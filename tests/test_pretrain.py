@@ -1,0 +1,97 @@
+"""Pre-training: the data, runs that go on, and the numbers on the card."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from roi_lib.engines.replay import reference_engine, reference_response
+from roi_lib.exams import Exam, draw_papers, in_orders
+from roi_lib.store.checkpoints import load_model
+from roi_lib.training import pretrain as module
+from roi_lib.training.recipes import PretrainRecipe
+from roi_lib.worlds import POCKET
+
+TINY = PretrainRecipe(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, batch_tokens=512,
+                      rows_at_once=16, steps=4, save_every=2, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def few_papers(monkeypatch):
+    monkeypatch.setattr(module, "CARD_PAPERS", 12)
+
+
+def test_batches_learn_responses_only_and_go_on_where_they_stopped(env):
+    batches = list(islice(module.batches(env, TINY), 60))  # blocks of fewer batches
+    for (ids, labels), again in zip(batches[43:], module.batches(env, TINY, skip=43), strict=False):
+        assert torch.equal(ids, again[0]) and torch.equal(labels, again[1])
+    for ids, labels in batches:
+        assert ids.numel() <= 512 and ids.shape == labels.shape
+        for row, learned in zip(ids, labels, strict=True):
+            words = env.tokenizer.decode(row[learned != -100])
+            assert "Budget" in env.tokenizer.decode(row[learned == -100])
+            assert "\\boxed" in words and words.endswith("<|im_end|>") and "Budget" not in words
+            assert torch.equal(row[learned != -100], learned[learned != -100])
+
+
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, monkeypatch, refusal):
+    module.pretrain(POCKET, tmp_path / "whole", tmp_path / "work-1", TINY)
+    real = module.train_step
+
+    def die(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            module.pretrain(POCKET, tmp_path / "parts", tmp_path / "work-2", TINY)
+    log = tmp_path / "work-2" / "log.csv"
+    pd.read_csv(log).assign(seconds=6_000.0).to_csv(log, index=False)
+    module.pretrain(POCKET, tmp_path / "parts", tmp_path / "work-2", TINY)
+    whole, parts = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    one, two = (pd.read_csv(tmp_path / name / "log.csv") for name in ("work-1", "work-2"))
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
+    assert len(one) == 4 and two["seconds"].is_monotonic_increasing
+    assert ": 4 steps" in (card := (tmp_path / "parts" / "README.md").read_text())
+    assert ", 100.0 minutes on" in card  # of both parts
+    assert "another run" not in card and "holds a run with another steps" in refusal(
+        module.pretrain, POCKET, tmp_path / "out", tmp_path / "work-2", replace(TINY, steps=6))
+
+
+def test_no_steps_publish_the_start(env, tmp_path, refusal):
+    module.pretrain(POCKET, tmp_path / "out", tmp_path / "work", replace(TINY, steps=0))
+    found = load_model(str(tmp_path / "out")).state_dict()
+    start = module.new_model(env.tokenizer, TINY).state_dict()
+    assert all(torch.equal(found[name], start[name]) for name in start)
+    assert ": 0 steps" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "notes").write_text("somebody's")
+    assert "name another --out" in refusal(
+        module.pretrain, POCKET, tmp_path / "out", tmp_path / "new", TINY)
+    assert not (tmp_path / "new").exists()
+    assert "steps at least 0" in refusal(replace, TINY, steps=-1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan at step .*lower the learning rate"):
+        module.pretrain(POCKET, tmp_path / "out", tmp_path / "work", replace(TINY, adamw_lr=1e30))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_a_faultless_writer(env, model, monkeypatch):
+    papers = in_orders(draw_papers(POCKET, 12, seed=1), ["medium"], 1)
+    alone = [Exam((p,), "medium") for exam in papers for p in exam.problems]
+    monkeypatch.setattr(module, "engine_for",
+                        lambda *_: reference_engine(env, alone + papers, [module.CARD_BUDGET]))
+    words = module.measure(env, model)
+    costs = [len(env.encode(reference_response(POCKET, exam.problems))) + 1
+             for exam in alone if exam.problems[0].family == "cycle"]
+    low, middle, high = np.percentile(costs, [5, 50, 95])
+    assert (f"| hard | cycle | {np.mean(costs):.1f} | {low:.0f} | {middle:.0f} | {high:.0f} | "
+            f"{len(costs)} | 1.000 ± 0.000 | 1.000 ± 0.000 |") in words
+    assert "cut 0.0% of the problems alone" in words
