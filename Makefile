@@ -13,7 +13,7 @@ NBVAL := --nbval --nbval-current-env -p no:cacheprovider
 
 exam: .venv/.installed
 	$(BIN)/python -m roi_lib exam --world pocket --methods all --budgets 64,128 \
-		--exams $(EXAMS) --seed 0 --out results.json --plot results.png
+		--exams $(EXAMS) --seed 0 --out results.csv --plot results.png
 
 test: $(DEV) lint
 	$(BIN)/python -m pytest tests
@@ -40,4 +40,4 @@ $(DEV): pyproject.toml | .venv/bin/python
 	touch $@ .venv/.installed
 
 clean:
-	rm -rf .venv runs results.json results.png
+	rm -rf .venv runs results.csv results.png

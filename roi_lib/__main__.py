@@ -173,7 +173,8 @@ def exam(args: Omit[ExamRun]) -> None:
         plot_records(records, args.plot)
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
     print(f"\nwrote {', '.join(wrote)}" if wrote else
-          "\n--details prints the other orders; --out, --save and --plot write all of it")
+          "\n" + "--details prints the other orders; " * (not args.details)
+          + "--out, --save and --plot write all of it")
     if len(results.table) and results.table["failed"].ne("").all():
         raise ValueError("every response failed, so there is no Score")
 

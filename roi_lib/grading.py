@@ -145,7 +145,7 @@ def ask(pairs: list[list[str]]) -> list[str]:
     while len(words) < len(pairs):
         code = f"from roi_lib.grading import serve; serve({SECONDS_PER_ANSWER})"
         run = subprocess.run([sys.executable, "-c", code], input=json.dumps(pairs[len(words) :]),
-                             capture_output=True, text=True)
+                             capture_output=True, text=True, start_new_session=True)
         if not run.stdout:
             raise RuntimeError("math-verify does not start; run python -m roi_lib doctor")
         words += run.stdout.splitlines()[1:]

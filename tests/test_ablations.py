@@ -1,64 +1,79 @@
-"""Ablations: every variant is a recipe of its own; table and logs; nothing is done twice."""
+"""Ablations: every variant is a recipe of its own; tables and logs; nothing is done twice."""
 
-import csv
 from dataclasses import asdict, replace
 
+import pandas as pd
 import pytest
-from test_rarl import SMALL, tiny
+from conftest import SMALL_RARL, tiny_model
 
-from roi_lib.ablations import ABLATIONS, COLUMNS, ablate
-from roi_lib.worlds import POCKET, Method
+from roi_lib.experiments.ablations import ABLATIONS, COLUMNS, ablate, changed, write_seeds
+from roi_lib.store.files import DATA
+from roi_lib.worlds import ORDERS, POCKET, Method
 
 
 @pytest.fixture(scope="module")
 def world(tokenizer, tmp_path_factory):
     """The pocket world with a tiny random model in place of its checkpoints."""
     folder = tmp_path_factory.mktemp("start")
-    tiny(tokenizer).save_pretrained(folder)
+    tiny_model(tokenizer).float().save_pretrained(folder)
     return replace(POCKET, methods={"mft": Method(str(folder), "roi"),
                                     "base": Method(str(folder), "direct")})
 
 
 def test_each_variant_changes_what_it_says():
-    changed = {}
-    for name, ablation in ABLATIONS.items():
-        if ablation.change:
-            recipe = asdict(ablation.change(POCKET.rarl))
-            changed[name] = {k for k, v in asdict(POCKET.rarl).items() if recipe[k] != v}
-    assert changed == {
-        "reference": set(), "from_base": set(), "answer_only": {"reward"},
-        "skip_bonus": {"reward"}, "grpo": {"scale", "normalizer"},
-        "high_rate": {"learning_rate"}, "single_budget": {"budgets"}}
-    assert ABLATIONS["from_base"].start == "base"
+    recipe = POCKET.rarl
+    differs = {name: {k: v for k, v in asdict(changed(recipe, name)).items()
+                      if asdict(recipe)[k] != v} for name in ABLATIONS}
+    assert differs == {
+        "mft": {}, "reference": {}, "from_base": {}, "answer_only": {"reward": "answer"},
+        "skip_bonus": {"reward": "skip_bonus"}, "grpo": {"scale": "std", "normalizer": "length"},
+        "high_rate": {"learning_rate": 10 * recipe.learning_rate},
+        "single_budget": {"budgets": (64,)}}
+    assert [name for name, (_, _, start) in ABLATIONS.items() if start != "mft"] == ["from_base"]
 
 
-def test_table_and_logs_of_a_small_run_and_its_continuation(world, tmp_path, capsys):
-    out, names = tmp_path / "table.csv", ["mft", "from_base"]
-    arguments = (world, replace(SMALL, steps=2), tmp_path / "work", out, names, 4)
+def test_table_and_logs_of_a_run_and_its_continuation(world, tmp_path):
+    out, work, names = tmp_path / "table.csv", tmp_path / "work", ["mft", "from_base"]
+    arguments = (world, replace(SMALL_RARL, steps=2), work, out, names, 4)
     rows = ablate(*arguments)
-    assert [(r["variant"], r["budget"], r["order"]) for r in rows] == [
-        (name, b, order) for name in names for b in (64, 128)
-        for order in ("easy", "medium", "hard")]
-    with out.open(newline="") as stream:
-        table = list(csv.DictReader(stream))
-    assert list(table[0]) == list(COLUMNS) and len(table) == 12
-    assert {r["steps"] for r in table} == {"0", "2"} and table[0]["diagnosis"] == ""
+    assert list(zip(rows["variant"], rows["budget"], rows["order"], strict=True)) == [
+        (name, budget, order) for name in names for budget in (64, 128) for order in ORDERS]
+    table = pd.read_csv(out, keep_default_na=False)
+    assert list(table) == COLUMNS and table["steps"].tolist() == [0] * 6 + [2] * 6
     # without MFT nothing is earned, and the diagnosis says why
-    assert table[6]["diagnosis"] == "level never right; no spread"
-    assert len((tmp_path / "table" / "from_base.csv").read_text().splitlines()) == 3
+    assert set(table["diagnosis"][6:]) == {"level never right; no spread"}
+    assert set(table["diagnosis"][:6]) == {""}
+    assert len(pd.read_csv(tmp_path / "table" / "from_base.csv")) == 2
     assert not (tmp_path / "table" / "mft.csv").exists()
-    printed = (tmp_path / "work" / "from_base" / "output.txt").read_text()
-    assert printed.count("step 2/2") == 1 and "2 of 2 after" in capsys.readouterr().out
-    assert ablate(*arguments) == rows
-    printed = (tmp_path / "work" / "from_base" / "output.txt").read_text()
-    assert printed.count("step 2/2") == 1  # the second time, nothing was left to do
+    assert "RARL" in (work / "from_base" / "output.txt").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")}
+    pd.testing.assert_frame_equal(ablate(*arguments), rows)
+    assert kept and {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")} == kept
 
 
-def test_a_failed_variant_does_not_cost_the_others(world, tmp_path, capsys):
+def test_a_failed_variant_does_not_cost_the_others(world, tmp_path, refusal):
     broken = replace(world, methods=world.methods | {"base": Method("no/such/folder", "direct")})
-    with pytest.raises(ValueError, match="from_base failed .*run the same command again"):
-        ablate(broken, replace(SMALL, steps=1), tmp_path / "work", tmp_path / "table.csv",
-               ["from_base", "mft"], 4)
-    assert (tmp_path / "table.csv").read_text().count("mft,") == 6
-    with pytest.raises(ValueError, match="unknown variant 'luck'; choose from mft, reference"):
-        ablate(world, SMALL, tmp_path / "work", tmp_path / "table.csv", ["luck"])
+    told = refusal(ablate, broken, replace(SMALL_RARL, steps=1), tmp_path / "work",
+                   tmp_path / "table.csv", ["from_base", "mft"], 4)
+    assert "from_base failed" in told and "run the same command again" in told
+    assert set(pd.read_csv(tmp_path / "table.csv")["variant"]) == {"mft"}
+    assert "variant must be one of mft, reference" in refusal(
+        ablate, world, SMALL_RARL, tmp_path, tmp_path / "table.csv", ["luck"])
+
+
+def test_the_table_of_seeds_has_the_start_once(tmp_path):
+    for seed, score in ((0, 1.25), (1, 1.75)):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "log.csv").write_text(f"step\n{seed}\n")
+        rows = pd.read_csv(DATA / "pocket-rarl/exam.csv")
+        rows.loc[rows["method"] == "rarl", "score"] = score
+        rows.to_csv(tmp_path / str(seed) / "exam.csv", index=False)
+    write_seeds([(seed, tmp_path / str(seed)) for seed in (0, 1)], tmp_path / "seeds.csv")
+    found = pd.read_csv(tmp_path / "seeds.csv")
+    assert list(found) == COLUMNS
+    assert found["variant"].tolist() == ["start"] * 6 + ["rarl"] * 12
+    assert found["seed"].isna().tolist() == [True] * 6 + [False] * 12
+    assert found["score"].tolist()[6:] == [1.25] * 6 + [1.75] * 6
+    assert (tmp_path / "seeds" / "1.csv").read_text() == "step\n1\n"
+    with pytest.raises(FileNotFoundError, match="exam.csv"):
+        write_seeds([(2, tmp_path / "2")], tmp_path / "none.csv")

@@ -146,10 +146,10 @@ def test_nested_braces():
 @pytest.mark.parametrize(("words", "level"), [
     (f"Q1. {tag(2)} {tag(1)} \\boxed{{5}}", 2),  # the first
     (f"Q1. \\boxed{{5}} {tag(1)}", None),  # after the answer
-    ("Q1. <predicted_level> Level-1", None),  # never closed
-    (f"Q1. {tag(7)} 5", None)])  # there is no such level
+    ("Q1. <predicted_level> Level-1", None)])  # never closed
 def test_the_first_tag_before_the_answer_counts(env, words, level):
     assert read(env, words, n=1).segments[0].level == level
+    assert env.read_segment(9, f"Q1. {tag(4)}").level is None, "there is no such level"
 
 
 def test_a_problem_that_was_left_is_not_read_again(env):

@@ -1,32 +1,34 @@
-"""The rational test-taker: by hand, against the solver, and honest about what it has seen."""
+"""The rational test-taker: by hand, by brute force, and honest about what it has seen."""
 
+from functools import cache
 from itertools import product
 
 import numpy as np
 import pytest
 
 from roi_lib import osmckp
+from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Exam, draw_papers
 from roi_lib.rational import (
     Outcomes,
+    check_samples,
     decision_losses,
     follow,
-    prophet,
     rational_bounds,
-    rational_policies,
     sample_outcomes,
+    solve_in_order,
+    solves,
 )
-from roi_lib.sitting import reference_generator
 from roi_lib.worlds import POCKET
 
 SKIP, TAG = 5, 3
 
 
-def outcomes(cost, correct=None, family=None):
+def outcomes(cost, correct=None):
     cost = np.array(cost)
     correct = np.ones_like(cost, bool) if correct is None else np.array(correct, bool)
-    family = [[f"f{i}" for i in range(cost.shape[1])]] * len(cost) if family is None else family
-    return Outcomes(cost, correct, np.array(family), SKIP, TAG)
+    family = np.array([[f"f{i}" for i in range(cost.shape[1])]] * len(cost))
+    return Outcomes(cost, correct, family, SKIP, TAG)
 
 
 def luck(rng, papers, attempts, n=3):
@@ -43,14 +45,52 @@ def test_one_paper_by_hand():
     for budget, order, points, skipped in (
             (70, "easy", 2, [0, 0]), (70, "hard", 2, [0, 0]), (69, "easy", 1, [1, 0]),
             (69, "hard", 1, [1, 0]), (24, "easy", 1, [0, 1]), (24, "hard", 0, [1, 1])):
-        b = bounds[budget, order]
-        assert b.achievable == b.by_family == b.prophet == points
-        assert b.plug_in == pytest.approx(points)
-        assert b.skipped.tolist() == [skipped], "a tie goes to the cheaper action"
-    assert bounds[24, "hard"].tokens.tolist() == [[5, 5]]
-    tagged = rational_bounds(two.tagged(), places, [70, 76], folds=2)
-    assert tagged[70, "hard"].achievable == 1 and tagged[76, "hard"].achievable == 2
+        (row,) = bounds.loc[budget, order].itertuples()
+        assert row.achievable == row.by_family == row.hindsight == pytest.approx(row.plug_in)
+        assert row.achievable == points
+        assert [row.skipped_1, row.skipped_2] == skipped, "a tie goes to the cheaper action"
+    assert bounds.loc[24, "hard"][["tokens_1", "tokens_2"]].to_numpy().tolist() == [[5, 5]]
+    tagged = rational_bounds(two.tagged(), places, [70, 76], folds=2)["achievable"]
+    assert tagged[70, "hard", 0] == 1 and tagged[76, "hard", 0] == 2
     assert two.tagged().skip == SKIP + TAG
+
+
+def brute_force(cost, right, known, paid, budget):
+    """Points of the best policy by the attempts `known`, paid by the attempts `paid`."""
+    def outcomes_of(i, tries, attempts):
+        return [(cost[i][k], right[i][k]) for k in attempts] if tries else [(SKIP, False)]
+
+    @cache
+    def value(i, left, tries):
+        """Of trying or skipping problem i, by what is known, and the best from there on."""
+        return 0 if i == len(cost) else np.mean([
+            (r and c <= left) + max(value(i + 1, max(left - c, 0), a) for a in (False, True))
+            for c, r in outcomes_of(i, tries, known)])
+
+    def pay(i, left):
+        if i == len(cost):
+            return 0
+        tries = value(i, left, True) > value(i, left, False) + 1e-9  # a tie is a skip
+        return np.mean([(r and c <= left) + pay(i + 1, max(left - c, 0))
+                        for c, r in outcomes_of(i, tries, paid)])
+
+    return pay(0, budget)
+
+
+def test_bounds_equal_brute_force():
+    some, place = luck(np.random.default_rng(4), 15, 4), np.tile([2, 0, 1], (15, 1))
+    bounds = rational_bounds(some, {"any": place}, [60, 110], folds=2)
+    for budget, paper in product([60, 110], range(15)):
+        cost, right = some.cost[paper][place[paper]], some.correct[paper][place[paper]]
+        known = [[1, 3], [0, 2]]  # folds are the attempts in turn
+        achievable = np.mean([brute_force(cost, right, a, b, budget)
+                              for a, b in (known, known[::-1])])
+        row = bounds.loc[budget, "any", paper]
+        assert row["achievable"] == pytest.approx(achievable)
+        assert row["plug_in"] == pytest.approx(brute_force(cost, right, range(4), range(4), budget))
+        best = [osmckp.offline_value([[SKIP, c] for c in cost[:, k]], [[0, r] for r in right[:, k]],
+                                     budget) for k in range(4)]
+        assert row["hindsight"] == pytest.approx(np.mean(best))
 
 
 def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
@@ -59,7 +99,8 @@ def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
     some, place = luck(rng, papers, 3), np.tile([2, 0, 1], (papers, 1))
     losses = decision_losses(some, place, budget)
     assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
-    best = rational_policies(some, np.arange(3) >= 0, {"any": place}, budget)["any"][1][:, budget]
+    classes = some.classes(np.arange(3) >= 0)
+    best = [s.value_function[0, budget] for s in solve_in_order(classes, place, budget)]
     cost, correct = (np.take_along_axis(x, place[:, :, None], 1)
                      for x in (some.cost, some.correct))
     for tries in product((False, True), repeat=3):
@@ -74,32 +115,16 @@ def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
         assert lost == pytest.approx(best - score)
 
 
-def test_policies_are_those_of_the_solver_and_are_followed_exactly():
+def test_policies_are_followed_exactly():
     some, place = luck(np.random.default_rng(0), 12, 4), np.tile([0, 1, 2], (12, 1))
-    solve, value = rational_policies(some, np.arange(4) >= 0, {"any": place}, 100)["any"]
-    for budget in (100, 40):
-        accuracy, skipped, tokens = follow(solve, some.cost, some.correct, SKIP, budget)
-        for i in range(12):
-            instance = osmckp.Instance(budget, [
-                (osmckp.Action("skip", [(1, SKIP, 0)]),
-                 osmckp.Action("solve", [(1 / 4, c, r) for c, r in zip(*row, strict=True)]))
-                for row in zip(some.cost[i], some.correct[i], strict=True)])
-            exact = osmckp.solve(instance)
-            assert value[i, budget] == pytest.approx(exact.value)
-            assert accuracy[i].sum() == pytest.approx(exact.value)
-            whole = osmckp.distribution(instance, exact.policy)
-            assert tokens[i].sum() == pytest.approx(whole.mean_spent)
-        assert ((0 <= skipped) & (skipped <= 1)).all() and tokens.sum(1).max() <= budget
-
-
-def test_the_prophet_is_the_offline_optimum():
-    some = luck(np.random.default_rng(1), 20, 3)
-    found = prophet(some.cost, some.correct, SKIP, 90)
-    for i in range(20):
-        known = [osmckp.offline_value([[SKIP, c] for c in some.cost[i, :, k]],
-                                      [[0, r] for r in some.correct[i, :, k]], 90)
-                 for k in range(3)]
-        assert found[i] == pytest.approx(np.mean(known))
+    solutions = solve_in_order(some.classes(np.arange(4) >= 0), place, 100)
+    accuracy, skipped, tokens = follow(solves(solutions), some.cost, some.correct, SKIP, 100)
+    for i, solution in enumerate(solutions):
+        whole = osmckp.distribution(solution.instance, solution.policy)
+        assert accuracy[i].sum() == pytest.approx(solution.value_function[0, 100])
+        assert accuracy[i].sum() == pytest.approx(whole.mean_score)
+        assert tokens[i].sum() == pytest.approx(whole.mean_spent)
+    assert ((0 <= skipped) & (skipped <= 1)).all() and skipped.any()
 
 
 def test_the_truth_lies_between_achievable_and_plug_in():
@@ -115,28 +140,30 @@ def test_the_truth_lies_between_achievable_and_plug_in():
     drawn = outcomes(np.where(rng.random(shape) < 0.5, cheap, dear),
                      rng.random(shape) < np.array(p)[:, None])
     bound = rational_bounds(drawn, {"any": np.tile([0, 1], (papers, 1))}, [budget], folds=2)
-    b = bound[budget, "any"]
-    error = 3 * b.achievable.std() / np.sqrt(papers)
-    assert b.achievable.mean() < truth - error / 3 and b.plug_in.mean() > truth + error
-    assert abs(b.by_family.mean() - truth) < error, "papers of one kind: the family tells all"
-    assert b.prophet.mean() > b.plug_in.mean()
+    error = 3 * bound["achievable"].std() / np.sqrt(papers)
+    mean = bound.mean()
+    assert mean["achievable"] < truth - error / 3 and mean["plug_in"] > truth + error
+    assert abs(mean["by_family"] - truth) < error, "papers of one kind: the family tells all"
+    assert mean["hindsight"] > mean["plug_in"]
 
 
-def test_folds_must_divide_the_attempts():
+def test_folds_must_divide_the_attempts(refusal):
     place = {"any": np.zeros((1, 1), int)}
     for folds in (1, 3):
-        with pytest.raises(ValueError, match="4 attempts cannot be divided"):
-            rational_bounds(outcomes([[[9] * 4]]), place, [50], folds=folds)
+        assert "4 attempts cannot be divided" in refusal(
+            rational_bounds, outcomes([[[9] * 4]]), place, [50], folds=folds)
+    for samples in (0, 3, 6):
+        assert "give a multiple of 4" in refusal(check_samples, samples)
 
 
-def test_attempts_cost_what_the_answer_costs(tokenizer):
+def test_attempts_cost_what_the_answer_costs(env):
     """Header and answer, without the end-of-sequence; cut attempts take the budget and earn 0."""
     papers = draw_papers(POCKET, 3)
     exams = [Exam((problem,), "easy") for paper in papers for problem in paper]
-    generator = reference_generator(POCKET, tokenizer, exams, [60], "direct")
-    found = sample_outcomes(POCKET, tokenizer, generator, papers, 60, samples=2)
-    words = [[len(tokenizer(f"Q1. {p.solution}").input_ids) for p in paper] for paper in papers]
+    engine = reference_engine(env, exams, [60])
+    found = sample_outcomes(env, engine, papers, 60, samples=2)
+    words = np.array([[len(env.encode(f"Q1. {p.solution}")) for p in paper] for paper in papers])
     assert (found.cost == np.minimum(words, 60)[:, :, None]).all() and found.cost.max() == 60
-    assert (found.correct == (np.array(words) <= 60)[:, :, None]).all()
+    assert (found.correct == (words <= 60)[:, :, None]).all() and found.correct.any()
     assert (found.skip, found.tag) == (SKIP, TAG)
     assert found.family.tolist() == [[p.family for p in paper] for paper in papers]

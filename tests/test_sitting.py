@@ -56,7 +56,7 @@ def test_every_column_by_hand(env):
     assert first["cost"].iloc[1] == n[f"Q2. {tag(3)} \\boxed{{NA}}"] + 1, "end-of-sequence"
     assert first["predicted"].tolist() == [0, 3, -1] and first["real"].tolist() == [0, 3, 0]
     assert first["answer"].tolist()[:2] == ["1", "NA"] and first["answer"].isna().iloc[2]
-    assert first["skipped"].tolist() == [False, True, False] == [not r for r in [True, False, True]]
+    assert first["skipped"].tolist() == [False, True, False]
     assert first["reached"].tolist() == [True, True, False] and not first["cut"].any()
     assert second["correct"].tolist() == [False, True, False] and set(second["revisits"]) == {1}
     assert points(table).tolist() == [0, 1] and len(responses(table)) == 2
@@ -67,7 +67,7 @@ def test_every_column_by_hand(env):
 
 def test_what_a_back_end_did_wrong_is_told(env):
     exams = in_orders(PAPERS[:2], ["easy"], 0)
-    table = tabulate(env, exams, 8, [[Rollout((12, 5), False, overrun=9)],
+    table = tabulate(env, exams, 8, [[Rollout(tuple(env.encode("Q1. 5")), False, overrun=9)],
                                      [Rollout((), False, failed="time-out")]])
     assert table["overrun"].tolist() == [9] * 3 + [0] * 3
     assert table["failed"].tolist() == [""] * 3 + ["time-out"] * 3

@@ -116,9 +116,9 @@ class Recipe:
 def test_a_checkpoint_has_a_card_its_log_and_a_tokenizer_only_if_it_is_given_one(model, tmp_path):
     """Without one it is read with the world's; the paper world's stand-in has 4,096 words."""
     table = pd.DataFrame({"tier": ["easy", "hard"], "right": [1, math.nan]})
-    card = common.model_card("out", "some/base", 61.26, Recipe(), about="It skips.",
+    (tmp_path / "log.csv").write_text("step,seconds\n1,60\n2,3675.6\n")
+    card = common.model_card("out", "some/base", tmp_path / "log.csv", Recipe(), about="It skips.",
                              made="`a command`", measured=common.markdown_table(table))
-    (tmp_path / "log.csv").write_text("step\n")
     words = train_bpe(["Q1. 3 + 4 = 7", "Level-1"], size=300)
     for name, tokenizer in (("own", words), ("none", None)):
         common.write_checkpoint(tmp_path / name, model, tmp_path / "log.csv", card, tokenizer,
@@ -126,7 +126,8 @@ def test_a_checkpoint_has_a_card_its_log_and_a_tokenizer_only_if_it_is_given_one
         verify_folder(tmp_path / name)
         assert [(tmp_path / name / file).read_text() for file in (
             "facts.json", "table.csv", "log.csv")] == [
-                "[\n 1\n]\n", "tier,right\neasy,1.0\nhard,\n", "step\n"]
+                "[\n 1\n]\n", "tier,right\neasy,1.0\nhard,\n",
+                "step,seconds\n1,60\n2,3675.6\n"]
     found = load_tokenizer(str(tmp_path / "own"), PAPER.tokenizer)
     assert found("Q1. 3 + 47").input_ids == words("Q1. 3 + 47").input_ids
     assert len(load_tokenizer(str(tmp_path / "none"), PAPER.tokenizer)) == 4_096

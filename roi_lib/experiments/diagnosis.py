@@ -1,18 +1,8 @@
 """Why does nothing move? The known causes of "reward 0, loss 0, no progress", read off a log.
 
-On policy the *value* of the loss says nothing (it is 0 where all responses are equally long), so
-it is not even logged. These columns say what is wrong (see `training.rarl.COLUMNS`):
-
-    cause                 seen in
-    sampler out of step   logprob_gap: the rollouts are those of another policy
-    rate too high         accuracy: what the model could do at the beginning it can no longer
-    skipping died out     skip_hard: it was there at the beginning, and is gone
-    all truncated         cut: the budget ends nearly every response, before its first point
-    level never right     level_accuracy: tags are missing or wrong, so right answers earn nothing
-    no spread             no_spread: groups whose rollouts all earned the same have no advantage
-
-The first rows of a log are compared with its last ones. Thresholds are rules of thumb for groups
-of 8 to 32 rollouts.
+On policy the *value* of the loss says nothing (0 where all responses are equally long), so it is
+not even logged. Other columns (see `training.rarl.COLUMNS`) say what is wrong: the means of the
+first and the last rows of a log are compared. Thresholds are rules of thumb for groups of 8 to 32.
 """
 
 from collections.abc import Sequence
@@ -27,11 +17,6 @@ from roi_lib.training.rarl import COLUMNS, LARGEST_GAP
 #: Rows at each end of the log, at most; never more than half of it. Two or three budgets in turn
 #: weigh the same at both ends.
 WINDOW = 12
-COLLAPSE = 0.1  # answers may be right this much less often than at first
-SKIPPED_ONCE, SKIPS_NO_MORE = 0.05, 0.01  # skipping has died out: above the one, below the other
-ALL_CUT, HARDLY_ANY_REWARD = 0.95, 0.1
-LEVEL_NEVER = 0.2  # guessing among four levels gives 0.25
-NO_SPREAD = 0.9  # share of groups without spread above which a step teaches next to nothing
 
 
 @dataclass(frozen=True)
@@ -46,52 +31,41 @@ class Finding:
 def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Finding]:
     """The causes that fit, the more fundamental first: an earlier one often explains the others.
 
-    Args:
-        first, last: means of the first and the last rows of a log; NaN, which no comparison holds
-            for, where nothing was measured.
-        largest: the largest number of the whole log.
+    The columns' means over the first and the last rows, and their largest values; NaN, which no
+    comparison holds for, where nothing was measured.
     """
-    found = []
-
-    def check(fits: bool, cause: str, evidence: str, remedy: str) -> None:
-        if fits:
-            found.append(Finding(cause, evidence, remedy))
-
     reward = f"reward {last.reward:.2f}"
-    check(largest.logprob_gap > LARGEST_GAP, "sampler out of step",
-          f"logprob_gap reached {largest.logprob_gap:.3f} nats a token, above {LARGEST_GAP}",
-          "give the sampler the trainer's weights after every update, and the same temperature "
-          "and precision")
-    check(first.accuracy - last.accuracy > COLLAPSE and last.score < first.score, "rate too high",
-          f"accuracy fell from {first.accuracy:.2f} to {last.accuracy:.2f} and score from "
-          f"{first.score:.2f} to {last.score:.2f} (largest grad_norm {largest.grad_norm:.2f})",
-          "a learning rate 3 to 10 times lower, from the start checkpoint: what is lost does not "
-          "come back")
-    check(first.skip_hard > SKIPPED_ONCE and last.skip_hard < SKIPS_NO_MORE, "skipping died out",
-          f"skip_hard fell from {first.skip_hard:.2f} to {last.skip_hard:.3f}",
-          "a lower learning rate, more rollouts an exam, more exams in the hard order")
-    check(last.cut > ALL_CUT and last.reward < HARDLY_ANY_REWARD, "all truncated",
-          f"cut {last.cut:.2f} with {reward}",
-          "a larger budget or shorter answers (MFT on the shortest ones); check that the "
-          "end-of-sequence id is the tokenizer's")
-    shown = ("no answer with a level tag" if np.isnan(last.level_accuracy)
+    level = ("no answer with a level tag" if np.isnan(last.level_accuracy)
              else f"level_accuracy {last.level_accuracy:.2f}")
-    check(not last.level_accuracy >= LEVEL_NEVER, "level never right",  # NaN: not one tag
-          f"{shown}, with score {last.score:.2f} and {reward}",
-          "start from an MFT checkpoint, with the prompting style that it was trained on; check "
-          "the level edges against the costs, tag included")
-    check(last.no_spread > NO_SPREAD, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",
-          "more rollouts an exam; exams that the model solves now and then; temperature 1")
-    return found
+    checks = [
+        (largest.logprob_gap > LARGEST_GAP, "sampler out of step",
+         f"logprob_gap reached {largest.logprob_gap:.3f} nats a token, above {LARGEST_GAP}",
+         "give the sampler the trainer's weights after every update, and the same temperature and "
+         "precision"),
+        (first.accuracy - last.accuracy > 0.1 and last.score < first.score, "rate too high",
+         f"accuracy fell from {first.accuracy:.2f} to {last.accuracy:.2f} and score from "
+         f"{first.score:.2f} to {last.score:.2f} (largest grad_norm {largest.grad_norm:.2f})",
+         "a learning rate 3 to 10 times lower, from the start checkpoint: what is lost does not "
+         "come back"),
+        (first.skip_hard > 0.05 and last.skip_hard < 0.01, "skipping died out",
+         f"skip_hard fell from {first.skip_hard:.2f} to {last.skip_hard:.3f}",
+         "a lower learning rate, more rollouts an exam, more exams in the hard order"),
+        (last.cut > 0.95 and last.reward < 0.1, "all truncated",
+         f"cut {last.cut:.2f} with {reward}",
+         "a larger budget or shorter answers (MFT on the shortest ones); check that the "
+         "end-of-sequence id is the tokenizer's"),
+        (not last.level_accuracy >= 0.2, "level never right",  # a guess has 0.25; NaN: not one tag
+         f"{level}, with score {last.score:.2f} and {reward}",
+         "start from an MFT checkpoint, with the prompting style that it was trained on; check the "
+         "level edges against the costs, tag included"),
+        (last.no_spread > 0.9, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",
+         "more rollouts an exam; exams that the model solves now and then; temperature 1"),
+    ]
+    return [Finding(*words) for fits, *words in checks if fits]
 
 
 def diagnose(log: Path) -> list[Finding]:
-    """The known causes that fit a training log (CSV with `training.rarl.COLUMNS`).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no log of RARL, holds a field that is no number, or has no row yet.
-    """
+    """The known causes that fit a training log; `ValueError` where it is none, or has no row."""
     try:
         rows = pd.read_csv(log)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:

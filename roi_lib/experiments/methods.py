@@ -5,11 +5,9 @@
     Results                   every problem sat, the rational bounds, what else there is to say
 
 Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone; a
-level stands for a cost, and the cheapest problems are chosen while the sum fits the budget. Only
-those are sat, as one exam, in the order of the paper.
+level stands for a cost; the cheapest problems are chosen while the sum fits the budget, and sat.
 """
 
-import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -70,8 +68,7 @@ class Comparison:
         return method.checkpoint
 
     def environment(self, name: str) -> Environment:
-        """World and tokenizer of a method. What a chat server calls its model names no tokenizer:
-        its text is charged in the world's."""
+        """World and tokenizer of a method. What a chat server writes is charged in the world's."""
         served = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
         return load_environment(self.world, None if served else self.checkpoint(name),
                                 self.tokenizer)
@@ -104,12 +101,8 @@ def available(world: World) -> list[str]:
 
 
 def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
-    """Let one method sit all papers in the comparison's orders under every budget.
-
-    Raises:
-        ValueError: unknown method, checkpoint not to be had, a budget too small, or the log of
-            another run.
-    """
+    """Let one method sit all papers in the comparison's orders under every budget; `ValueError`:
+    unknown method, checkpoint not to be had, a budget too small, or the log of another run."""
     method, checkpoint = comparison.world.method(name), comparison.checkpoint(name)
     env, config = comparison.environment(name), comparison.engine
     for budget in budgets:
@@ -120,7 +113,8 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
         engine = None
     else:
         engine = config.make(checkpoint, env.tokenizer, comparison.world.dtype)
-        run = {"world": comparison.world.name, "model": checkpoint, "seed": comparison.seed}
+        run = {"world": comparison.world.name, "model": checkpoint, "seed": comparison.seed,
+               "tokenizer": comparison.tokenizer}
         engines = {budget: config.logged(engine, name, budget, run) for budget in budgets}
     if method.strategy == "rational":
         return run_rational(comparison, name, env, engines[max(budgets)], budgets)
@@ -137,15 +131,10 @@ def run_methods(
     comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
     workers: int | None = None,
 ) -> Results:
-    """All methods under all budgets, in the order of the names.
+    """All methods under all budgets, in the order of the names; see `run_method`.
 
-    Args:
-        workers: processes, each with its share of the cores; what they return does not depend on
-            their number. None: as many as pay (see `default_workers`).
-
-    Raises:
-        ValueError: see `run_method`; names and checkpoints are checked before any exam is sat.
-        ChildProcessError: a worker was killed.
+    What the `workers`, processes with their share of the cores, return does not depend on their
+    number; None: as many as pay. `ChildProcessError`: one was killed.
     """
     names, budgets = list(dict.fromkeys(names)), list(dict.fromkeys(budgets))
     strategies = {name: comparison.world.method(name).strategy for name in names}
@@ -158,7 +147,8 @@ def run_methods(
     jobs = [(name, part) for name in names for part in (
         [budgets] if strategies[name] == "rational" else [[budget] for budget in budgets])]
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
+                             (threads,)) as pool:
         running = {i: pool.submit(run_method, comparison, *jobs[i])
                    for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
         wait(running.values(), return_when=FIRST_EXCEPTION)
@@ -171,15 +161,9 @@ def run_methods(
         return Results.join([running[i].result() for i in range(len(jobs))])
 
 
-def begin_worker(threads: int) -> None:
-    """Make a fresh process ready; what it has imported is not searched for garbage again."""
-    torch.set_num_threads(threads)
-    gc.freeze()
-
-
 def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -> int:
-    """One process a core, four at most, where that pays: a small model keeps one core busy, but
-    not two. A process takes some seconds to start."""
+    """One process a core, four at most, where that pays: a small model cannot keep two cores busy,
+    and a process takes some seconds to start."""
     folders = [locate(checkpoint) for checkpoint in checkpoints if checkpoint]
     small = all(folder and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 2**26
                 for folder in folders)
@@ -255,11 +239,8 @@ def whole_papers(
     env: Environment, exams: Sequence[Exam], budget: int, levels: np.ndarray,
     parts: Sequence[pd.DataFrame], charges: np.ndarray,
 ) -> pd.DataFrame:
-    """Tables of the problems chosen, as one of the whole papers; the others are skipped.
-
-    Where nothing was chosen, nothing was written. The tokens of the prediction pass that are
-    charged, one number an exam, are the response's preamble.
-    """
+    """Tables of the problems chosen, as one of the whole papers; the others are skipped. What is
+    charged for the prediction pass, one number an exam, is the response's preamble."""
     key, nothing = ["exam", "problem"], [[Rollout((), True)]] * len(exams)
     table = tabulate(env, exams, budget, nothing).assign(
         skipped=True, answer=SKIP_ANSWER, predicted=levels.ravel(), real=env.world.skip_level)

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from roi_lib.grading import read_number, read_words, tidy
-from roi_lib.problems import Problem
+from roi_lib.problems import SPLITS, Problem
 from roi_lib.store.checkpoints import load_tokenizer
 from roi_lib.store.files import write_json
 from roi_lib.store.sources import DATASETS, NEAR, find_overlaps, load_source
-from roi_lib.worlds import PAPER, TIERS
+from roi_lib.worlds import PAPER
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -34,28 +34,24 @@ def describe(tokenizer, problems: Sequence[Problem], left_out: dict[str, str]) -
     kinds = Counter("number" if read_number(tidy(p.answer)) is not None
                     else "words" if read_words(tidy(p.answer)) else "expression" for p in problems)
     worked = [p.solution for p in problems if p.solution != f"\\boxed{{{p.answer}}}"]
-    costs = lengths(worked or [""])
-    levels = Counter(map(PAPER.level_of, costs))
-    solved = sum(costs) > 0
-    return {
-        "problems": len(problems), "left_out": left_out,
-        "statement_tokens": percentiles(lengths([p.text for p in problems])),
-        "solution_tokens": percentiles(costs) if solved else None,
-        "levels": [levels[k] for k in range(PAPER.skip_level + 1)] if solved else None,
-        "answers": {kind: kinds[kind] for kind in ("number", "words", "expression")}}
+    costs = lengths(worked) if worked else []
+    levels = [sum(PAPER.level_of(cost) == k for cost in costs) for k in range(PAPER.skip_level + 1)]
+    return {"problems": len(problems), "left_out": left_out,
+            "statement_tokens": percentiles(lengths([p.text for p in problems])),
+            "solution_tokens": percentiles(costs) if worked else None,
+            "levels": levels if worked else None,
+            "answers": {kind: kinds[kind] for kind in ("number", "words", "expression")}}
 
 
 def statistics(root: Path) -> dict:
     """Everything the file holds, from a local root of the datasets."""
     tokenizer, sources = load_tokenizer(PAPER.tokenizer), {}
-    for tier in TIERS:
-        for family in PAPER.families[tier]:
-            loaded = {split: load_source(family, tier, split, root) for split in ("train", "test")}
-            overlaps = find_overlaps(loaded["train"][0], loaded["test"][0])
-            sources[family] = {
-                "tier": tier, "overlaps": [[o.train, o.test, o.kind] for o in overlaps],
-                **{split: {"id": DATASETS[family, split].id} | describe(tokenizer, *loaded[split])
-                   for split in loaded}}
+    for tier, (family,) in PAPER.families.items():
+        loaded = {split: load_source(family, tier, split, root) for split in SPLITS}
+        overlaps = find_overlaps(loaded["train"][0], loaded["test"][0])
+        sources[family] = {"tier": tier, "overlaps": [list(o) for o in overlaps]} | {
+            split: {"id": DATASETS[family, split].id} | describe(tokenizer, *loaded[split])
+            for split in SPLITS}
     return {"tokenizer": PAPER.tokenizer, "percentiles": list(PERCENTILES),
             "level_edges": list(PAPER.level_edges), "near": NEAR, "sources": sources}
 

@@ -31,11 +31,7 @@ MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium"
 
 
 def settings(world: World, sweep: str) -> list[tuple]:
-    """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget.
-
-    Raises:
-        ValueError: unknown sweep.
-    """
+    """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget."""
     top = max(world.budgets)
     sweeps = {
         "budget": [(None, TIERS, tuple(round(share * top) for share in BUDGET_SHARES), 1.0)],
@@ -53,13 +49,8 @@ def run_sweep(
     pool: Sequence[Problem] | None = None, engine: EngineConfig = EngineConfig(),  # noqa: B008
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """The records of all settings of a sweep.
-
-    With a log folder, each setting has a folder of its own in it, and a run found there goes on.
-
-    Raises:
-        ValueError: unknown sweep, or see `methods.run_methods`.
-    """
+    """The records of all settings of a sweep. With a log folder, each setting has a folder of its
+    own in it, and a run found there goes on."""
     tables = []
     for i, (x, tiers, budgets, temperature) in enumerate(settings(world, sweep)):
         papers = draw_papers(world, n_exams, seed=seed, pool=pool, tiers=tiers)

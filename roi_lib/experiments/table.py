@@ -40,11 +40,8 @@ CELL = ["method", "budget", "order"]
 
 
 def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
-    """The rational test-taker's numbers under `evaluation.summarize`'s names.
-
-    Its Score is the achievable side. Both tables are rows of `rational.rational_bounds` of one
-    budget, an exam each.
-    """
+    """The rational test-taker's numbers under `evaluation.summarize`'s names, from the rows of
+    `rational.rational_bounds` of one budget; its Score is the achievable side."""
     numbers = score_and_regret(bound["achievable"], easy["achievable"], seed)
     for name in ("plug_in", "by_family", "hindsight"):
         numbers |= with_interval(name, [bound[name]], lambda x: x, seed)
@@ -55,11 +52,8 @@ def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> d
 
 
 def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
-    """One row for each method, budget and order, in the sequence of the results.
-
-    Where the rational test-taker is among the results, those of the others say what they leave
-    behind (`evaluation.shortfall`); where several methods are, how they differ from the first.
-    """
+    """One row for each method, budget and order, in the sequence of the results; also what it
+    leaves behind where the rational one is there, and how it differs from the first method."""
     world, seed, bounds = comparison.world, comparison.seed, results.bounds
     sat = dict(iter(results.table.groupby(CELL, sort=False))) if len(results.table) else {}
     rational = {} if bounds.empty else {key: bounds.loc[key] for key in dict.fromkeys(
@@ -111,7 +105,8 @@ def show_order(records: pd.DataFrame, order: str = "hard") -> str:
         Score=with_brackets(own, "score"), Regret=own["regret"].map("{:.3f}".format).tolist(),
         tokens=own["tokens"].map("{:.1f}".format).tolist())[["Score", "Regret", "tokens"]]
         for budget, own in here.groupby("budget", sort=False)}
-    return pd.concat(parts, axis=1).rename_axis(None).to_string()
+    text = pd.concat(parts, axis=1).rename_axis(None).to_string()
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def show_details(records: pd.DataFrame) -> str:
@@ -169,10 +164,8 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def load_rollouts(folder: Path, method: str) -> pd.DataFrame:
-    """`sitting`'s table of one method, all budgets and orders (a `ValueError` if it is not there).
-
-    `ids` are there for the first papers alone, in the row of position 1.
-    """
+    """`sitting`'s table of one method, all budgets and orders (a `ValueError` if it is not there);
+    `ids` of the first papers alone, in the row of position 1."""
     return _read(folder, method)
 
 

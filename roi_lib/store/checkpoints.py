@@ -84,8 +84,7 @@ def load_config(name: str):
 
 
 def load_model(name: str, dtype: str = "auto"):
-    """The causal language model of a checkpoint, in eval mode, in "float32", "float64", ... or
-    ("auto") what the checkpoint holds."""
+    """A checkpoint's causal language model, in eval mode, in `dtype` ("auto": its own)."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise CheckpointError(f"unknown dtype {dtype!r}; name float32, float64, bfloat16 or auto")
     model, info = _load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True,
@@ -105,20 +104,16 @@ def check_saveable(model) -> None:
                               f"first ({' '.join(str(error).split())})") from error
 
 
-def tokenizer_name(name: str, default: str) -> str:
-    """Whose tokenizer a checkpoint goes with: `default`'s where it is a folder without one."""
+def own_tokenizer(name: str):
+    """The tokenizer that a checkpoint brought itself, for its heirs; None: a folder without one."""
     folder = locate(name)
-    return default if folder and not (folder / "tokenizer_config.json").is_file() else name
+    bare = folder and not (folder / "tokenizer_config.json").is_file()
+    return None if bare else _load(AutoTokenizer, name)
 
 
 def load_tokenizer(name: str, default: str | None = None):
-    """The tokenizer of a checkpoint; see `tokenizer_name`."""
-    return _load(AutoTokenizer, tokenizer_name(name, default) if default else name)
-
-
-def own_tokenizer(name: str):
-    """The tokenizer that a checkpoint brought itself, for its heirs; None where it has none."""
-    return load_tokenizer(name) if tokenizer_name(name, "") else None
+    """The tokenizer of a checkpoint; `default`'s where it is a folder without one."""
+    return default and own_tokenizer(name) or _load(AutoTokenizer, default or name)
 
 
 def check_tokenizer(config, tokenizer, name: str) -> None:
@@ -130,9 +125,8 @@ def check_tokenizer(config, tokenizer, name: str) -> None:
             "they do not belong together; save the model's own tokenizer in its folder")
 
 
-def load_environment(
-    world: World, checkpoint: str | None = None, tokenizer: str | None = None
-) -> Environment:
+def load_environment(world: World, checkpoint: str | None = None,
+                     tokenizer: str | None = None) -> Environment:
     """A world with the tokenizer of that name, or the checkpoint's own, or else the world's; one
     that does not fit the checkpoint's model is refused."""
     words = load_tokenizer(tokenizer or checkpoint or world.tokenizer, world.tokenizer)
@@ -141,22 +135,32 @@ def load_environment(
     return Environment(world, words)
 
 
-def save_training_state(folder: Path, model, optimizers, progress: dict) -> None:
-    """Save weights, optimizer state and progress, for an exact continuation."""
-    def fill(temporary: Path) -> None:
-        safetensors.save_model(model, temporary / "weights.safetensors")
+def save_step(work: Path, model, optimizers, progress: dict) -> None:
+    """Save weights, optimizer state and progress in `work/step-<progress["step"]>`, for an exact
+    continuation; keep it and the one before. Only whole states of ours are removed."""
+    def fill(folder: Path) -> None:
+        safetensors.save_model(model, folder / "weights.safetensors")
         safetensors.save_file({f"{i}/{parameter}/{name}": torch.as_tensor(value)
                                for i, optimizer in enumerate(optimizers)
                                for parameter, state in optimizer.state_dict()["state"].items()
                                for name, value in state.items()},
-                              temporary / "optimizers.safetensors")
-        files.write_json(temporary / "progress.json", progress)
+                              folder / "optimizers.safetensors")
+        files.write_json(folder / "progress.json", progress)
 
+    folder = work / f"step-{progress['step']:06d}"
+    try:
+        files.check_replaceable(folder)
+    except CheckpointError:  # broken since: a run that went on from an earlier one comes by again
+        folder.rename(work / f"broken-{folder.name}-{time.time_ns()}")
     files.write_folder(folder, fill)
+    for old in sorted(path for path in work.glob("step-??????") if path <= folder)[:-2]:
+        with suppress(CheckpointError):
+            files.check_replaceable(old)
+            shutil.rmtree(old)
 
 
 def load_training_state(folder: Path, model, optimizers) -> dict:
-    """Put back what `save_training_state` saved, and return the progress."""
+    """Put back what `save_step` saved, and return the progress."""
     files.verify_folder(folder)
     safetensors.load_model(model, folder / "weights.safetensors")
     states: list[dict] = [{} for _ in optimizers]
@@ -167,19 +171,3 @@ def load_training_state(folder: Path, model, optimizers) -> dict:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     return files.read_json(folder / "progress.json")
-
-
-def save_step(work: Path, model, optimizers, progress: dict) -> None:
-    """Save the training state of `progress["step"]` below `work`; keep it and the one before.
-    A broken state of the same step is moved aside, and nothing that is not ours is removed."""
-    folder = work / f"step-{progress['step']:06d}"
-    try:
-        files.check_replaceable(folder)
-    except CheckpointError:
-        folder.rename(work / f"broken-{folder.name}-{time.time_ns()}")
-    save_training_state(folder, model, optimizers, progress)
-    steps = sorted(path for path in work.glob("step-??????") if path <= folder)
-    for old in steps[:-2]:
-        with suppress(CheckpointError):
-            files.check_replaceable(old)
-            shutil.rmtree(old)

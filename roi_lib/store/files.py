@@ -1,13 +1,12 @@
 """Files and folders that are whole or not there, and never cost anybody a file.
 
 A folder is filled beside its place, given a manifest of sizes and SHA-256 hashes as its last file,
-and renamed: a killed run leaves the earlier one. Only a folder that is exactly what its manifest
-says is ever replaced; whatever else lies there belongs to somebody.
+and renamed: a killed run leaves the earlier one. Only what is exactly as its manifest says is ever
+replaced; whatever else lies there belongs to somebody.
 """
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -40,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         (Path(work) / "text").write_text(text, encoding="utf-8", newline="")
-        os.replace(Path(work) / "text", path)
+        (Path(work) / "text").replace(path)
 
 
 def write_json(path: Path, content) -> None:
@@ -79,24 +78,22 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_folder(folder: Path, exactly: bool = False) -> None:
-    """Refuse a folder in which a file of its manifest is missing or changed; `exactly`: and one
-    that holds anything else. `CheckpointError`."""
+    """`CheckpointError`: a file of the folder's manifest is missing or changed, or (`exactly`) the
+    folder holds anything else."""
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: not there, not whole, or not ours")
-    manifest = read_json(folder / MANIFEST)
+    manifest, found = read_json(folder / MANIFEST), _facts(folder)
     if not isinstance(manifest, dict) or not manifest:
         raise CheckpointError(f"{folder / MANIFEST} is no manifest of this library")
-    found = _facts(folder)
-    if wrong := [name for name, facts in manifest.items() if found.get(name, 0) != facts]:
-        raise CheckpointError(f"{folder / wrong[0]} is missing, cut short or changed; restore the "
-                              "folder and retry")
-    if other := [name for name in found if exactly and name not in manifest]:
-        raise CheckpointError(f"{folder / other[0]} is not of this library")
+    for name in [*manifest, *found] if exactly else manifest:
+        if name not in found or found[name] != manifest.get(name, "of somebody else"):
+            raise CheckpointError(f"{folder / name} is missing, cut short, changed or not ours; "
+                                  "restore the folder")
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse, before any work, a place where `write_folder` would cost somebody a file. Free are
-    a new name, an empty folder, and what is exactly as its manifest says. `CheckpointError`."""
+    """`CheckpointError`, before any work: `write_folder` would cost somebody a file. Free are a
+    new name, an empty folder, and what is exactly as its manifest says."""
     try:
         places = [folder, *folder.parents]
         if folder.is_symlink() or any(path.exists() and not path.is_dir() for path in places):
@@ -108,8 +105,8 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a fresh folder, add the manifest, then put it in place. An error of
-    `fill` leaves an earlier folder as it was. `CheckpointError`: see `check_replaceable`."""
+    """Let `fill` write into a fresh folder, add the manifest, then put it in place. Errors, of
+    `fill` or `check_replaceable`, leave an earlier folder as it was."""
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
@@ -129,19 +126,18 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
     """The newest whole folder `PREFIX<step>` below `root`; broken ones are named, passed over."""
-    steps = {int(path.name[len(prefix):]): path for path in root.glob(f"{prefix}*")
-             if path.name[len(prefix):].isdigit()}
-    for step in sorted(steps, reverse=True):
+    steps = [path for path in root.glob(f"{prefix}*") if path.name[len(prefix):].isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.name[len(prefix):]), reverse=True):
         try:
-            verify_folder(steps[step])
-            return steps[step]
+            verify_folder(path)
+            return path
         except CheckpointError as error:
             warnings.warn(f"passing over an incomplete checkpoint: {error}", stacklevel=2)
     return None
 
 
 def folder_lock(folder: Path):
-    """Keep a folder to this process in `with folder_lock(folder):`, however that ends.
+    """Keep a folder to this process in `with folder_lock(folder):`, however that ends;
     `ValueError`: another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -35,10 +35,8 @@ def fingerprint(papers: Sequence[Sequence[Problem]]) -> str:
     return hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def make_paper_list(
-    world: World, papers: Sequence[Sequence[Problem]], split: str, seed: int,
-    orders: Sequence[str] = ORDERS,
-) -> PaperList:
+def make_paper_list(world: World, papers: Sequence[Sequence[Problem]], split: str, seed: int,
+                    orders: Sequence[str] = ORDERS) -> PaperList:
     """The list of papers that `draw_papers` drew with this seed; `ValueError`: not of one mix."""
     mixes = {tuple(p.tier for p in paper) for paper in papers}
     if len(mixes) != 1:
@@ -54,39 +52,31 @@ def read_paper_list(path: Path) -> PaperList:
         raise ValueError(f"{path}: a list of papers has the fields {', '.join(names)}")
     found = PaperList(**content)
 
-    def is_list(value, known: Sequence[str] = ()) -> bool:
-        return isinstance(value, list) and bool(value) and all(
-            isinstance(one, str) and (one in known or not known) for one in value)
+    def is_list(value, kind: type = str, known: Sequence[str] = ()) -> bool:
+        return isinstance(value, list) and value != [] and all(
+            isinstance(one, kind) and (one in known or not known) for one in value)
 
     right = {
-        "world": found.world in tuple(WORLDS), "split": found.split in SPLITS,
-        "seed": type(found.seed) is int, "orders": is_list(found.orders, ORDERS),
-        "tiers": is_list(found.tiers, TIERS), "fingerprint": isinstance(found.fingerprint, str),
-        "papers": isinstance(found.papers, list) and bool(found.papers) and all(
-            is_list(paper) and len(set(paper)) == len(paper) for paper in found.papers)}
-    right["papers"] = right["tiers"] and right["papers"] and all(
-        len(paper) == len(found.tiers) for paper in found.papers)
+        "world": found.world in list(WORLDS), "split": found.split in SPLITS,
+        "seed": type(found.seed) is int, "orders": is_list(found.orders, known=ORDERS),
+        "tiers": is_list(found.tiers, known=TIERS), "fingerprint": is_list([found.fingerprint]),
+        "papers": is_list(found.papers, list) and all(map(is_list, found.papers))}
     if wrong := [name for name in names if not right[name]]:
         raise ValueError(f"{path}: {wrong[0]} is not what a list of papers has there; make it anew "
                          "with --write-papers")
     return found
 
 
-def restore_papers(
-    paper_list: PaperList, pool: Sequence[Problem] | None = None
-) -> list[tuple[Problem, ...]]:
-    """The papers themselves, from the pool they were drawn from (None: generated problems).
-
-    Raises:
-        ValueError: an id is not to be found, or the statements are others.
-    """
+def restore_papers(paper_list: PaperList,
+                   pool: Sequence[Problem] | None = None) -> list[tuple[Problem, ...]]:
+    """The papers themselves, from the pool they were drawn from (None: generated problems);
+    `ValueError`: an id is not to be found, or the statements are others."""
     if pool is None:
         drawn = draw_papers(get_world(paper_list.world), len(paper_list.papers),
                             split=paper_list.split, seed=paper_list.seed, tiers=paper_list.tiers)
         pool = [problem for paper in drawn for problem in paper]
     known = {problem.id: problem for problem in pool}
-    missing = sorted({name for paper in paper_list.papers for name in paper} - set(known))
-    if missing:
+    if missing := sorted(set().union(*paper_list.papers) - set(known)):
         raise ValueError(f"{len(missing)} problems of the list are not to be found, first "
                          f"{missing[0]}; it was made from other data or another version")
     papers = [tuple(known[name] for name in paper) for paper in paper_list.papers]

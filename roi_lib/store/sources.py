@@ -1,9 +1,8 @@
 """Sources: the paper's datasets, and problems of your own.
 
-Datasets are read with `datasets.load_dataset`, by hub id at a pinned commit or from a local root
-that holds folders of the same ids. None of their text is kept in this repository. Rows that cannot
-be graded are left out and counted, never mended. So are training problems that a test problem of
-the same source repeats, or nearly repeats (`find_overlaps`).
+Datasets are read by hub id at a pinned commit, or from a local root with folders of the same ids.
+None of their text is kept here. Left out and counted, never mended, are rows that cannot be graded
+and training problems that a test problem of the same source (nearly) repeats, see `find_overlaps`.
 """
 
 import functools
@@ -14,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from roi_lib.problems import Problem, closing_brace, is_generated
 from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
@@ -49,10 +47,9 @@ def read_gsm8k(row: Mapping) -> tuple[str, str, str]:
 def read_math(row: Mapping) -> tuple[str, str, str]:
     """MATH: the gold answer is in the solution's closed boxes; boxes that differ leave none."""
     text, answers = row["solution"], set()
-    for opening in re.finditer(r"\\boxed\s*\{", text):
-        end = closing_brace(text, opening.end() - 1)
-        if end is not None:
-            answers.add(text[opening.end() : end].strip())
+    for box in re.finditer(r"\\boxed\s*\{", text):
+        if (end := closing_brace(text, box.end() - 1)) is not None:
+            answers.add(text[box.end() : end].strip())
     return row["problem"], answers.pop() if len(answers) == 1 else "", text
 
 
@@ -82,14 +79,11 @@ DATASETS: dict[tuple[str, str], Dataset] = {
 def flaw(text: str, answer: str) -> str:
     """Why a problem cannot be graded ("" where it can)."""
     gold, bare = answer.strip(), re.sub(r"\\[{}]", "", answer)
-    if not text.strip():
-        return "the statement is empty"
-    if not gold:
-        return "there is no single gold answer"
     closed = closing_brace(f"{{{bare}}}", 0) == len(bare) + 1
-    if len(gold) > 200 or not re.search(r"\w", gold) or gold == SKIP_ANSWER or not closed:
-        return f"the gold answer {gold[:20]!r} is none"
-    return ""
+    if not text.strip() or not gold:
+        return "there is no single gold answer" if text.strip() else "the statement is empty"
+    fine = closed and len(gold) <= 200 and re.search(r"\w", gold) and gold != SKIP_ANSWER
+    return "" if fine else f"the gold answer {gold[:20]!r} is none"
 
 
 def read_rows(source: Dataset, root: Path | None) -> Iterator[tuple[str, Mapping]]:
@@ -97,7 +91,7 @@ def read_rows(source: Dataset, root: Path | None) -> Iterator[tuple[str, Mapping
     import datasets  # slow to import, and needed by the paper world only
 
     datasets.disable_progress_bars()
-    place = source.id if root is None else str(Path(root) / source.id)
+    place = source.id if root is None else str(root / source.id)
     if root is not None and not Path(place).is_dir():
         raise FileNotFoundError(f"no dataset folder {place}; --data must hold {source.id}")
     options = {"revision": source.revision} if root is None else {}
@@ -111,19 +105,11 @@ def read_rows(source: Dataset, root: Path | None) -> Iterator[tuple[str, Mapping
             yield "/".join(filter(None, (source.id, config, source.split, str(i)))), row
 
 
-def load_source(
-    family: str, tier: str, split: str, root: Path | None
-) -> tuple[list[Problem], dict[str, str]]:
-    """All problems of one dataset, and its rows that were left out: id -> reason.
-
-    Args:
-        root: a local folder that holds the dataset under its hub id; None reads the hub. That a
-            local copy has more or fewer rows than the hub's is logged.
-
-    Raises:
-        FileNotFoundError: the local folder is not there, or the hub cannot be reached.
-        ValueError: no such source, a missing column, or a number of rows that is not the hub's.
-    """
+def load_source(family: str, tier: str, split: str,
+                root: Path | None) -> tuple[list[Problem], dict[str, str]]:
+    """All problems of one dataset, and its rows that were left out: id -> reason. A local `root`
+    holds the dataset under its hub id, more or fewer rows are logged; None reads the hub.
+    `FileNotFoundError`: not to be had; `ValueError`: no such source or column, other rows."""
     check_choice(f"source of the {split} split", family,
                  [name for name, own in DATASETS if own == split])
     source, problems, left_out = DATASETS[family, split], [], {}
@@ -137,8 +123,7 @@ def load_source(
             left_out[name] = reason
         else:
             problems.append(Problem(name, text, answer, solution, tier, family))
-    found = len(problems) + len(left_out)
-    if found != source.rows:
+    if (found := len(problems) + len(left_out)) != source.rows:
         message = f"{source.id}, {source.split}: {found} rows, but {source.rows} are published"
         if root is None:
             raise ValueError(f"{message} at {source.revision}")
@@ -153,7 +138,7 @@ def load_problems(family: str, tier: str, split: str, root: Path | None) -> tupl
     problems, left_out = load_source(family, tier, split, root)
     if split == "train":
         test, _ = load_source(family, tier, "test", root)
-        left_out |= {o.train: f"{o.kind} of {o.test}" for o in find_overlaps(problems, test)}
+        left_out |= {own: f"{kind} of {other}" for own, other, kind in find_overlaps(problems, test)}
     if left_out:
         log.warning("%s, %s split: %d rows are left out, first %s: %s", family, split,
                     len(left_out), *next(iter(left_out.items())))
@@ -167,20 +152,11 @@ def load_pool(world: World, split: str, root: Path | None = None) -> list[Proble
         for problem in load_problems(family, tier, split, root)]
 
 
-class Overlap(NamedTuple):
-    """A training and a test problem, by id, with (nearly) the same statement."""
-
-    train: str
-    test: str
-    kind: str
-
-
-def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[Overlap]:
-    """Pairs of a training and a test problem that should never meet.
-
-    "duplicate": equal but for white space and case. "near-duplicate": of the runs of three words
-    (signs are words too) that either statement has, both have at least 70 %.
-    """
+def find_overlaps(train: Sequence[Problem],
+                  test: Sequence[Problem]) -> list[tuple[str, str, str]]:
+    """(id, id, kind) of each training and test problem that should never meet. "duplicate": equal
+    but for white space and case. "near-duplicate": of the runs of three words (signs are words
+    too) that either statement has, both have at least 70 %."""
     def read(text: str) -> tuple[list[str], set[tuple[str, ...]]]:
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         return words, set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
@@ -194,9 +170,9 @@ def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[Ove
         common = Counter(name for run in runs for name in holders.get(run, ()))
         for name, n in common.items():
             if tests[name][0] == words:
-                found.append(Overlap(problem.id, name, "duplicate"))
+                found.append((problem.id, name, "duplicate"))
             elif n >= NEAR * (len(runs) + len(tests[name][1]) - n):
-                found.append(Overlap(problem.id, name, "near-duplicate"))
+                found.append((problem.id, name, "near-duplicate"))
     return found
 
 
@@ -218,11 +194,7 @@ def read_problem(line: str, name: str, family: str) -> Problem:
 
 def load_jsonl(path: Path) -> list[Problem]:
     """Your own problems: JSON Lines of {"problem", "answer", "tier"}, "solution" and "id" optional.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8, no such object, a repeated id or statement; names file and line.
-    """
+    `ValueError` names file and line that are not such UTF-8 objects, or repeat an id or problem."""
     problems, seen = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:

@@ -1,16 +1,8 @@
 """Exercises that check themselves: `check("01.1", answer)` prints one line.
 
-    [ ] 01.1: not answered yet          the answer is still `...`
-    [PASS] 01.1
-    [TRY AGAIN] 01.1: a hint            the answer is wrong (or your function raised an error)
-
 The truth is worked out by the library on random cases, so there is no solution to read here. An
-exercise is a case maker (rng, number) -> (arguments of the reader's function, truth):
-
-    @cases("07.2", seed=10, n=40, hint="not right for predicted {0} and real {1}: ...")
-    def _(rng, number): ...
-
-or, with `@exercise("01.4")`, a checker answer -> None (right) or a hint (wrong).
+exercise is a case maker (rng, number) -> (arguments of the reader's function, truth) under `cases`,
+or a checker (answer) -> None (right) or a hint (wrong) under `exercise`.
 """
 
 from copy import deepcopy
@@ -72,34 +64,29 @@ def close(got, truth, tolerance=1e-9):
 
 
 def cases(exercise_id, seed, n, hint, right=close):
-    """Decorator of a case maker: the answer must be `right` in `n` cases drawn with `seed`.
-
-    `hint` is formatted with the arguments of the first case that is not; a case maker may return
-    other words for them after the truth.
-    """
+    """Decorator of a case maker: the answer must be `right` in `n` cases drawn with `seed`; `hint`
+    is formatted with the arguments of the first that is not, or with what follows its truth."""
     def register(make_case):
         def checker(answer):
             rng = np.random.default_rng(seed)
             for number in range(n):
                 args, truth, *shown = make_case(rng, number)
                 if not right(ask(answer, *args), truth):
-                    return hint.format(*(shown or args))
+                    return "not right for " + hint.format(*(shown or args))
         return exercise(exercise_id)(checker)
     return register
 
 
 # ---------------------------------------------------------------- 00 start here
-@cases("00.1", 1, 51, "not right for costs {0} and a budget of {1}: what is left for the later "
-       "problems, and is the order kept?")
+@cases("00.1", 1, 51, "costs {0}, budget {1}: what is left for the later problems, in this order?")
 def _(rng, number):
     costs, budget = [10, 20, 5], 30
     if number:
-        costs = rng.integers(1, 30, rng.integers(1, 6)).tolist()
-        budget = int(rng.integers(1, 80))
+        costs, budget = rng.integers(1, 30, rng.integers(1, 6)).tolist(), int(rng.integers(1, 80))
     return (costs, budget), int((np.cumsum(costs) <= budget).sum())
 
 
-@cases("00.2", 2, 50, "not right for {0} in the easy order and {1}: a share of which Score?")
+@cases("00.2", 2, 50, "{0} in the easy order and {1}: a share of which Score?")
 def _(rng, number):
     easy, other = (rng.integers(0, 4, 8).tolist() for _ in range(2))
     easy[0] = 3  # a Score of zero has no regret
@@ -107,26 +94,20 @@ def _(rng, number):
 
 
 # ---------------------------------------------------------------- 01 OS-MCKP
-def _hand_exam(p_easy, budget):
-    def attempt(*outcomes):
-        return [osmckp.SKIP, osmckp.Action("try", outcomes)]
-    return osmckp.Instance(budget, [attempt((0.5, 3, 1), (0.5, 6, 0)),
-                                    attempt((0.8, 4, 1), (0.2, 4, 0)),
-                                    attempt((p_easy, 2, 1), (1 - p_easy, 2, 0))])
-
-
-def _random_outcomes(rng, size):
-    return list(zip(rng.dirichlet(np.ones(size)).tolist(), rng.integers(0, 12, size).tolist(),
-                    rng.integers(0, 2, size).tolist(), strict=True))
-
-
 @exercise("01.1")
 def _(answer):
-    if not close(answer, osmckp.solve(_hand_exam(0.5, 9)).value, 1e-6):
+    exam = osmckp.Instance(9, [[osmckp.SKIP, osmckp.Action("try", outcomes)] for outcomes in (
+        [(0.5, 3, 1), (0.5, 6, 0)], [(0.8, 4, 1), (0.2, 4, 0)], [(0.5, 2, 1), (0.5, 2, 0)])])
+    if not close(answer, osmckp.solve(exam).value, 1e-6):
         return "work backwards: first V of the easy problem, then V of the medium one at 6 and at 3"
 
 
-@cases("01.2", 2, 13, "not right for outcomes {0} and b = {1}: which of them fit in?")
+def _random_outcomes(rng, size):
+    columns = rng.dirichlet(np.ones(size)), rng.integers(0, 12, size), rng.integers(0, 2, size)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@cases("01.2", 2, 13, "outcomes {0} and b = {1}: which of them fit in?")
 def _(rng, number):
     outcomes, b = [(0.5, 3, 1), (0.5, 6, 1)], 3
     if number:
@@ -145,11 +126,10 @@ def _(answer):
         got = np.asarray(ask(answer, actions, future), dtype=float)
         if got.shape != truth.shape:
             return f"need one value for each b = 0..9, got shape {got.shape}"
-        wrong = [b for b in range(len(truth)) if not close(got[b], truth[b])]
-        if wrong:
-            kind = "a single action" if len(known) == 1 else f"{len(known)} actions"
-            return (f"with {kind} your V is wrong first at b = {wrong[0]}; after a truncation "
-                    "the later problems are sat with 0 tokens")
+        right = np.abs(got - truth) <= 1e-9
+        if not right.all():
+            return (f"with {len(known)} action(s) your V is wrong first at b = {right.argmin()}; "
+                    "after a truncation the later problems are sat with 0 tokens")
 
 
 @exercise("01.4")
@@ -172,16 +152,14 @@ def _(answer):
         return "count sequences of tiers: the easy problems look alike; two orders are not mixed"
 
 
-@cases("02.2", 2, 60, "not right for costs {0} and a budget of {1}: what is cut off is not "
-       "charged, what was written before the cut is")
+@cases("02.2", 2, 60, "costs {0}, budget {1}: what is written before the cut is charged, no more")
 def _(rng, number):
-    costs = rng.integers(1, 30, rng.integers(1, 6)).tolist()
-    budget = int(rng.integers(1, 80))
+    costs, budget = rng.integers(1, 30, rng.integers(1, 6)).tolist(), int(rng.integers(1, 80))
     left = np.maximum(budget - np.cumsum([0, *costs]), 0)
     return (costs, budget), np.minimum(costs, left[:-1])
 
 
-@cases("02.3", 3, 60, "not right for {0} and {1}: sets of runs of three")
+@cases("02.3", 3, 60, "{0} and {1}: sets of runs of three")
 def _(rng, number):
     one, other = (rng.choice(list("abc"), rng.integers(3, 9)).tolist() for _ in range(2))
     runs, others = ({*zip(w, w[1:], w[2:], strict=False)} for w in (one, other))
@@ -189,8 +167,8 @@ def _(rng, number):
 
 
 # ---------------------------------------------------------------- 03 budgeted generation
-@cases("03.1", 1, 80, "not right for tokens {0}, budget {1} and end-of-sequence {2}: which comes "
-       "first, the end or the budget?", lambda got, truth: ([*got[0]], bool(got[1])) == truth)
+@cases("03.1", 1, 80, "tokens {0}, budget {1} and end-of-sequence {2}: which of the two is first?",
+       lambda got, truth: ([*got[0]], bool(got[1])) == truth)
 def _(rng, number):
     from roi_lib.generation import within_budget  # here, so that notebook 01 goes without torch
 
@@ -200,8 +178,7 @@ def _(rng, number):
     return (ids, budget, eos), ([*truth.ids], truth.finished)
 
 
-@cases("03.2", 2, 82, "not right for probabilities {0} and u = {1}: token k is chosen where u lies "
-       "between the sums up to k - 1 and up to k")
+@cases("03.2", 2, 82, "p = {0}, u = {1}: token k if u is between the sums up to k - 1 and up to k")
 def _(rng, number):
     p, u = [0.1, 0.6, 0.3], (0.05, 0.69)[number % 2]
     if number > 1:
@@ -209,39 +186,33 @@ def _(rng, number):
     return (p, u), int((np.cumsum(p) <= u).sum()), np.round(p, 3).tolist(), f"{u:.3f}"
 
 
-@cases("03.3", 3, 50, "not right for headers at tokens {0} of {1}: the preamble first, then one "
-       "cost a problem, and all of them add up to the total")
+@cases("03.3", 3, 50, "headers at tokens {0} of {1}: the preamble first, and all add up to {1}")
 def _(rng, number):
     starts = np.sort(rng.choice(np.arange(30), 3, replace=False)).tolist()
     total = int(starts[-1] + rng.integers(1, 12))
     return (starts, total), np.diff([0, *starts, total])
 
 
-@cases("03.4", 4, 50, "not right for lengths {0}: who is still in the batch at each step?")
+@cases("03.4", 4, 50, "lengths {0}: who is still in the batch at each step?")
 def _(rng, number):
     lengths = rng.integers(1, 40, rng.integers(1, 9)).tolist()
     return (lengths,), (len(lengths) * max(lengths), sum(lengths))
 
 
 # ---------------------------------------------------------------- 04 MFT
-def _random_edges(rng):
-    return np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
-
-
-@cases("04.1", 1, 120, "not right for samples {0} and edges {1}: the shortest *right* one counts, "
-       "an edge belongs to the level below it, and no use means Level-3")
+@cases("04.1", 1, 120, "samples {0} and edges {1}: the shortest *right* one counts, an edge belongs "
+       "to the level below it, and no use means Level-3")
 def _(rng, number):
     from roi_lib.mft import Sample, align
 
-    edges = _random_edges(rng)
+    edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
     samples = [(int(cost), bool(rng.random() < 0.5))
                for cost in rng.choice([*range(5, 75), *edges], rng.integers(1, 7))]
     return (samples, edges), align(replace(POCKET, level_edges=tuple(edges)), None,
                                    [Sample("", *sample) for sample in samples]).level
 
 
-@cases("04.2", 2, 50, "not right for nats {0}, kinds {1} and weight {2}: divide by the number of "
-       "tokens that are learned")
+@cases("04.2", 2, 50, "nats {0}, kinds {1}, weight {2}: divide by the number of learned tokens")
 def _(rng, number):
     n = int(rng.integers(3, 12))
     nats, weight = rng.random(n).round(2), int(rng.integers(1, 20))
@@ -250,15 +221,14 @@ def _(rng, number):
     return (nats.tolist(), kinds, weight), (weights * nats).sum() / (weights > 0).sum()
 
 
-@cases("04.3", 3, 32, "not right for a solve rate of {0} and {1} samples: all of them must fail")
+@cases("04.3", 3, 32, "a solve rate of {0} and {1} samples: all of them must fail")
 def _(rng, number):
     p = float(number) if number < 2 else round(float(rng.random()), 3)
     k = int(rng.integers(1, 17))
     return (p, k), np.full(k, 1 - p).prod()
 
 
-@cases("04.4", 4, 50, "not right for skipped {0} and solve rates {1}: a mean over the skipped, "
-       "then a share of the tried")
+@cases("04.4", 4, 50, "skipped {0}, solve rates {1}: a mean over the skipped, a share of the tried")
 def _(rng, number):
     n = int(rng.integers(3, 12))
     skipped = np.array([True, False, *(rng.random(n - 2) < 0.4)])
@@ -268,10 +238,10 @@ def _(rng, number):
 
 
 # ---------------------------------------------------------------- 05 RARL
-@cases("05.1", 1, 120, "not right for levels {0}, costs {1}, right {2} and edges {3}: both must "
-       "hold, and an edge belongs to the level below it")
+@cases("05.1", 1, 120, "levels {0}, costs {1}, right {2} and edges {3}: both must hold, and an edge "
+       "belongs to the level below it")
 def _(rng, number):
-    edges = _random_edges(rng)
+    edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
     costs = rng.choice([*range(5, 75), *edges], 3).tolist()
     right = [bool(x) for x in rng.random(3) < 0.7]
     real = [replace(POCKET, level_edges=tuple(edges)).level_of(cost) for cost in costs]
@@ -280,8 +250,7 @@ def _(rng, number):
     return (levels, costs, right, edges), sum(earned)
 
 
-@cases("05.2", 2, 60, "not right for rewards {0}: a failed rollout counts in no mean, and has "
-       "advantage 0")
+@cases("05.2", 2, 60, "rewards {0}: a failed rollout counts in no mean, and has advantage 0")
 def _(rng, number):
     import torch
 
@@ -292,8 +261,7 @@ def _(rng, number):
     return (rewards,), advantages(torch.tensor(np.array([rewards], float)))[0]
 
 
-@cases("05.3", 3, 60, "not right for lengths {0}, advantages {1}, longest {2} and normalizer "
-       "{3!r}: the loss is also a mean over the rollouts")
+@cases("05.3", 3, 60, "arguments {0}, {1}, {2}, {3!r}: the loss is also a mean over the rollouts")
 def _(rng, number):
     import torch
 
@@ -308,7 +276,7 @@ def _(rng, number):
     return (lengths.tolist(), advantage.tolist(), longest, normalizer), -logprobs.grad[:, 0]
 
 
-@cases("05.4", 4, 22, "not right for q = {0} and {1} rollouts: which two groups have no spread?")
+@cases("05.4", 4, 22, "q = {0} and {1} rollouts: which two groups have no spread?")
 def _(rng, number):
     q = float(number) if number < 2 else round(float(rng.random()), 3)
     n = int(rng.integers(2, 9))
@@ -317,8 +285,8 @@ def _(rng, number):
 
 
 # ---------------------------------------------------------------- 06 Regret analysis
-@cases("06.1", 5, 40, "not right for {0} in the easy order and {1} in the other: means first, then "
-       "one ratio", lambda got, truth: np.isclose(float(got), truth, equal_nan=True))
+@cases("06.1", 5, 40, "{0} in the easy order and {1} in the other: means first, then one ratio",
+       lambda got, truth: np.isclose(float(got), truth, equal_nan=True))
 def _(rng, number):
     from roi_lib.evaluation import regret
 
@@ -327,42 +295,38 @@ def _(rng, number):
     return (easy.tolist(), other.tolist()), regret(other.mean(), easy.mean())
 
 
-@cases("06.2", 6, 40, "not right for {0} and {1}: take the difference of each paper first")
+@cases("06.2", 6, 40, "{0} and {1}: take the difference of each paper first")
 def _(rng, number):
     a = rng.integers(0, 4, 12)
     b = np.minimum(a + rng.integers(0, 2, 12), 3)
     return (a.tolist(), b.tolist()), np.std(a - b, ddof=1) / np.sqrt(len(a))
 
 
-@cases("06.3", 7, 30, "not right for the {2} order: what is lost to the order, the rational "
-       "test-taker loses as well; what is lost to allocation is the rest")
+@cases("06.3", 7, 30, "the {2} order: what the order costs, the rational test-taker loses as well")
 def _(rng, number):
     best = dict(zip(ORDERS, sorted(3 * rng.random(3))[::-1], strict=True))
     score, order = float(rng.random() * 2), ("medium", "hard", "easy")[number % 3]
     return (best, score, order), (best["easy"] - best[order], best[order] - score)
 
 
-@cases("06.4", 8, 200, "not right for cost {0}, p {1}, sure {2} and budget {3}: a cost above the "
-       "budget earns nothing and leaves nothing")
+@cases("06.4", 8, 200, "cost {0}, p {1}, sure {2}, budget {3}: a cost above it leaves nothing")
 def _(rng, number):
     cost, sure, budget = (int(x) for x in rng.integers(1, 30, 3))
     p = round(float(rng.random()), 2)
-    skip = osmckp.Action("skip", [(1, 0, 0)])
     hard = osmckp.Action("solve", [(p, cost, 1), (1 - p, cost, 0)])
     easy = osmckp.Action("solve", [(1, sure, 1)])
-    exam = osmckp.Instance(budget, [[skip, hard], [skip, easy]])
+    exam = osmckp.Instance(budget, [[osmckp.SKIP, hard], [osmckp.SKIP, easy]])
     return (cost, p, sure, budget), osmckp.solve(exam).value
 
 
 # ---------------------------------------------------------------- 07 Behaviour
-@cases("07.1", 9, 40, "not right for costs {0} and budget {1}: before each, not after it")
+@cases("07.1", 9, 40, "costs {0} and budget {1}: before each, not after it")
 def _(rng, number):
     costs, budget = rng.integers(0, 40, int(rng.integers(1, 6))).tolist(), 64
     return (costs, budget), [max(budget - sum(costs[:i]), 0) for i in range(len(costs))]
 
 
-@cases("07.2", 10, 40, "not right for predicted {0} and real {1}: problems without a tag are in "
-       "neither share, nor in what they are shares of")
+@cases("07.2", 10, 40, "predicted {0}, real {1}: problems without a tag are not in the total either")
 def _(rng, number):
     predicted, real = rng.integers(-1, 4, 12), rng.integers(0, 4, 12)
     predicted[0] = 0
@@ -371,7 +335,7 @@ def _(rng, number):
                                                  (predicted < real)[given].mean())
 
 
-@cases("07.3", 11, 40, "not right for tried {0} and rational {1}: both are shares of all decisions")
+@cases("07.3", 11, 40, "tried {0} and rational {1}: both are shares of all decisions")
 def _(rng, number):
     tried, rational = rng.random(9) < 0.5, rng.random(9) < 0.5
     return (tried.tolist(), rational.tolist()), ((tried & ~rational).mean(),

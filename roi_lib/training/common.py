@@ -118,10 +118,12 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def model_card(
-    name: str, base: str | None, minutes: float, recipe, *, about: str, made: str, measured: str
+    name: str, base: str | None, log: Path, recipe, *, about: str, made: str, measured: str
 ) -> ModelCard:
-    """A checkpoint's card: what it was made from (`base`), and how; with metadata for the hub."""
+    """A checkpoint's card: what it was made from (`base`), and how; with metadata for the hub. Its
+    minutes are those of the training's log, earlier parts of the run included."""
     data = ModelCardData(license="mit", base_model=base, tags=["roi-reasoning"])
+    minutes = pd.read_csv(log)["seconds"].iloc[-1:].sum() / 60
     return ModelCard(f"""---\n{data}\n---
 
 # {name}

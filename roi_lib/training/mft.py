@@ -5,7 +5,6 @@
     train_mft    all of the stage: sample, label, fine-tune, measure, publish
 """
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,6 @@ from trl import SFTConfig, SFTTrainer
 
 from roi_lib import mft
 from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
-from roi_lib.engines.logs import BAR
 from roi_lib.evaluation import confusion, rates
 from roi_lib.exams import Environment, draw_papers, in_orders, tag
 from roi_lib.generation import Engine
@@ -42,10 +40,7 @@ def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
 
 
 def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
-    """What each token weighs in the loss, [vocabulary]: `tag_weight` for a level, else 1.
-
-    `ValueError`: they shall differ, but a level is no token of its own.
-    """
+    """What each token weighs in the loss, [vocabulary]: `tag_weight` for a level, else 1."""
     weights, vocabulary = torch.ones(len(env.tokenizer)), env.tokenizer.get_vocab()
     if recipe.tag_weight != 1:
         ids = [vocabulary.get(f"Level-{level}") for level in range(env.world.skip_level + 1)]
@@ -82,11 +77,6 @@ class DevLog(ProgressCallback):
         self.log = common.TrainingLog(work / "log.csv", (
             "step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
             "skip_rate", "skip_hard", "answer_accuracy", "seconds"), last_step)
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """One bar, seldom drawn anew: it may go to a file."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.mininterval = BAR["mininterval"]
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step is logged, whatever its number."""
@@ -133,11 +123,7 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
     """Train on the rows in their order with TRL's SFTTrainer; returns the model, adapters merged.
 
     Continues from the newest whole checkpoint below `work`, and keeps `log.csv` there.
-
-    Raises:
-        ValueError: see `token_weights`.
-        FloatingPointError: NaN or infinite loss, gradient, or logits of the dev exams.
-        OSError: the disk is full.
+    `FloatingPointError`: NaN or infinite loss, gradient, or logits of the dev exams.
     """
     state, optimizer = files.newest_complete(work, "checkpoint-"), None
     log = DevLog(env, recipe, work, int(state.name.split("-")[1]) if state else 0, pool)
@@ -175,10 +161,6 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
     `answer_accuracy` of both models, `skip_rate` and `refused` (Level-3 labels) by tier,
     `confusion` [predicted][real] (problems tried), `false_skips` (mean solve rate of the skipped)
     and `missed_skips` (of the tried, what no sample solved). None: nothing to count.
-
-    Raises:
-        ValueError: no papers, or not one right sample of the base model.
-        FloatingPointError: NaN or infinite logits.
     """
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
     ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
@@ -212,22 +194,6 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
         "false_skips": share(skipped["solve_rate"]), "missed_skips": share(tried["refused"])}
 
 
-class TimedEngine(Engine):
-    """An engine that keeps the seconds it has worked in a file, so that a kill loses none."""
-
-    def __init__(self, engine: Engine, path: Path) -> None:
-        self.engine, self.path = engine, path
-        self.seconds = files.read_json(path) if path.exists() else 0.0
-
-    def stream(self, requests, temperature=1.0):
-        """See `Engine`."""
-        begin = time.monotonic() - self.seconds
-        for answer in self.engine.stream(requests, temperature):
-            self.seconds = time.monotonic() - begin
-            files.write_json(self.path, self.seconds)
-            yield answer
-
-
 def train_mft(
     world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
     engine: str = "torch", root: Path | None = None,
@@ -243,9 +209,8 @@ def train_mft(
         root: local folder of the datasets.
 
     Raises:
-        CheckpointError: no such start, or one that cannot be saved; `out` is not ours to replace.
-        ValueError: `work` holds another run, or another process is at it; a tokenizer that goes
-            with no tag or no `tag_weight`; not one sampled answer is right.
+        ValueError: before any work where `out` is not ours to replace, or the start does not fit;
+            `work` holds another run, or another process is at it.
         FloatingPointError: NaN or infinite logits, loss or gradient.
     """
     checkpoint = checkpoint or world.method("base").checkpoint
@@ -263,52 +228,46 @@ def train_mft(
     with files.folder_lock(work):
         common.same_recipe(work, asdict(recipe) | run)
         base = make_engine(engine, checkpoint, env.tokenizer, "auto")  # as it was trained
-        timed = TimedEngine(base, work / "sampling.json")
         log = RunLog(work / "samples.jsonl",
                      run | {"method": "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
-        samples = mft.rejection_sample(env, LoggedEngine(timed, log, "rejection sampling"),
+        samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
                                        problems, recipe.samples, recipe.seed)
         targets = [mft.align(world, *pair, recipe.target)
                    for pair in zip(problems, samples, strict=True)]
         rows = mft.curriculum(env, targets, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
-        documents = {"labels": label_statistics(targets).to_dict("records")}
+        labels, calibration = label_statistics(targets), None
         if papers:
             tagged = engine_for(model.to(base.model.dtype) if engine == "torch" else model,
                                 env.tokenizer)
-            documents["calibration"] = calibrate(env, base, tagged, papers, recipe.samples,
-                                                 recipe.seed + 1)
-        trained = pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum()
+            calibration = calibrate(env, base, tagged, papers, recipe.samples, recipe.seed + 1)
         card = common.model_card(
-            out.name, checkpoint, (timed.seconds + trained) / 60, recipe,
+            out.name, checkpoint, work / "log.csv", recipe,
             about="It predicts the level of each problem's cost, then solves it or skips it. From "
             f"`{checkpoint}`, by Meta-Cognitive Fine-Tuning; style `roi`.",
             made=f"`roi_lib train mft --world {world.name}`: {len(rows):,} rows, "
-            f"{sum(map(len, rows)) / 1e6:.1f} million tokens", measured=measured(**documents))
+            f"{sum(map(len, rows)) / 1e6:.1f} million tokens",
+            measured=measured(labels, calibration))
+        documents = {"labels": labels.to_dict("records")}
+        if calibration:
+            documents["calibration"] = calibration
         common.write_checkpoint(out, model.float(), work / "log.csv", card,
                                 checkpoints.own_tokenizer(checkpoint), **documents)
 
 
-def measured(labels: list[dict], calibration: dict | None = None) -> str:
+def measured(labels: pd.DataFrame, calibration: dict | None) -> str:
     """What a card says of labels and calibration, in Markdown."""
-    words = f"""\
-**Labels** of the training problems by rejection sampling (`labels.json`); the solve rate is the
-share of samples that are right within the top level.
-
-{common.markdown_table(pd.DataFrame(labels))}
-
-"""
+    words = ("**Labels** of the training problems (`labels.json`), with the share of samples that "
+             f"are right within the top level:\n\n{common.markdown_table(labels)}\n\n")
     if calibration is None:
         return words + "Not measured (`card_papers=0`)."
     by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
     table = common.markdown_table(pd.DataFrame(by_tier).rename_axis("tier").reset_index())
     return words + """\
-**Measured** on {papers} unseen papers (seed {seed}), the three orders in turn, temperature 1, ample
-budget (`calibration.json`): share of right tags by position (of problems tried), of right answers
-before and after, of skips, and of problems that {samples} samples of the base would have refused.
+**Measured** on {papers} unseen papers (seed {seed}), orders in turn, temperature 1, ample budget
+(`calibration.json`): right tags by position (of problems tried), right answers, skips, and what
+{samples} samples of the base would have refused. Solve rate of the base where this model skips:
+{false_skips}; of what it tries, no sample of the base solved {missed_skips}.
 
-{table}
-
-Solve rate of the base where this model skips: {false_skips}. Share of what it tries that no sample
-of the base solved: {missed_skips}.""".format(**calibration, table=table)
+""".format(**calibration) + table

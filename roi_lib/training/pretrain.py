@@ -162,10 +162,9 @@ def measure(env: Environment, model) -> str:
     return f"""\
 **Measured** on {CARD_PAPERS:,} unseen papers of three problems (seed {CARD_SEED}), at temperature 1
 under an ample budget of {CARD_BUDGET} tokens: every problem alone, and within its paper in medium
-order (± is the half-width of the 95 % interval). Costs are response tokens of the worked solution
-alone, header and end-of-sequence included. The budget cut {cut[0]:.1%} of the problems alone, which
-count as wrong, and {cut[1]:.1%} of the papers, which are left out: there a search has missed its
-target and goes round for ever, and what comes after it is never reached.
+order (± half of the 95 % interval). Costs are tokens of the worked solution alone, header and
+end-of-sequence included. The budget cut {cut[0]:.1%} of the problems alone, which count as wrong,
+and {cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
 
 {common.markdown_table(table.reindex(TIERS, level="tier").reset_index())}"""
 
@@ -174,12 +173,8 @@ def pretrain(world: World, out: Path, work: Path, recipe: PretrainRecipe) -> Non
     """Train the base model and write it to `out`; continue from `work` where it holds a run.
 
     `work` keeps the newest training states and `log.csv` (step, response loss, rate, seconds).
-    Without any steps the random start is measured and published.
-
-    Raises:
-        ValueError: `work` holds another run, or another process is at it; `out` is not ours to
-            replace; the world's problems are not generated.
-        FloatingPointError: NaN or infinite loss.
+    Without any steps the random start is measured and published. `ValueError`: `work` or `out`
+    holds something else. `FloatingPointError`: NaN or infinite loss.
     """
     files.check_replaceable(out)
     env = Environment(world, build_tokenizer(world))
@@ -188,7 +183,7 @@ def pretrain(world: World, out: Path, work: Path, recipe: PretrainRecipe) -> Non
         model = new_model(env.tokenizer, recipe)
         progress, log = train(env, model, recipe, work), work / "log.csv"
         card = common.model_card(
-            out.name, None, pd.read_csv(log)["seconds"].iloc[-1:].sum() / 60, recipe,
+            out.name, None, log, recipe,
             about=f"The base model of the {world.name} world (Qwen2, {model.num_parameters():,} "
             "parameters, float32). It works problems out step by step and answers whole exams in "
             "order. It has never seen a level tag, and skips only when the Least-to-Most prompt "

@@ -204,7 +204,7 @@ def train_rarl(
     records = pd.concat([measure(env, some, papers, name, work / "exams")
                          for name, some in (("start", start), ("rarl", model))])
     card = common.model_card(
-        out.name, checkpoint, pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum() / 60, recipe,
+        out.name, checkpoint, work / "log.csv", recipe,
         about="It predicts the level of each problem, and solves or skips it, so that one token "
         f"budget lasts for an exam: `{checkpoint}` after RARL with Dr. GRPO. Style `roi`.",
         made=f"{recipe.steps} steps of `python -m roi_lib train rarl --world {world.name}`",
