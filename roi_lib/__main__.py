@@ -5,17 +5,19 @@ Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from roi_lib.problems import SPLITS
-from roi_lib.worlds import ORDERS, MFTRecipe, RARLRecipe, World, get_world
+from roi_lib.training.recipes import PretrainRecipe
+from roi_lib.worlds import ORDERS, MFTRecipe, RARLRecipe, World, check_choice, get_world
 
 Omit = tyro.conf.OmitArgPrefixes  # a recipe's fields are options of their own
+Positional = tyro.conf.Positional
 
 
 def listed(info, kind: type):
@@ -80,24 +82,10 @@ def check_writable(**options: Path | None) -> None:
     """Refuse output files that cannot be written before the work starts."""
     for name, path in options.items():
         option = f"--{name.replace('_', '-')}"
-        if path is not None and not path.parent.is_dir():
+        if path and not path.parent.is_dir():
             raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
-        if path is not None and path.exists() and not path.is_file():
+        if path and path.exists() and not path.is_file():
             raise ValueError(f"{option} names something that is no file: {path}")
-
-
-def method_names(world: World, given: tuple[str, ...]) -> list[str]:
-    """The methods that `--methods` names; "all" stands for those with a model that is there."""
-    from roi_lib.experiments.methods import available
-
-    for name in given:
-        if name != "all":
-            world.method(name)
-    here = available(world)
-    if "all" in given and not here:
-        raise ValueError(f"no method of the world {world.name} has its checkpoint on this machine; "
-                         "name methods whose checkpoints the hub has, such as --methods base")
-    return [name for word in given for name in (here if word == "all" else [word])]
 
 
 def exam_papers(args: ExamRun, world: World):
@@ -106,11 +94,11 @@ def exam_papers(args: ExamRun, world: World):
     from roi_lib.store.papers import read_paper_list, restore_papers
     from roi_lib.store.sources import load_jsonl, load_pool
 
-    split, listed = "test", read_paper_list(args.papers) if args.papers else None
+    listed = read_paper_list(args.papers) if args.papers else None
     if listed and listed.world != world.name:
         raise ValueError(f"{args.papers} holds papers of the world {listed.world}; "
                          f"give --world {listed.world}")
-    split = listed.split if listed else split
+    split = listed.split if listed else "test"
     pool = load_jsonl(args.problems) if args.problems else load_pool(world, split, args.data)
     if listed:
         return restore_papers(listed, pool), split, listed.seed
@@ -118,21 +106,14 @@ def exam_papers(args: ExamRun, world: World):
                        args.tiers or None), split, args.seed
 
 
-def comparison_of(args: ExamRun, world: World, papers, seed: int):
-    """What the options say of a comparison."""
+def engine_of(args: Run, world: World):
+    """Which engine the options name; its arithmetic is the world's for tables, unless they say."""
     from roi_lib.engines import EngineConfig
-    from roi_lib.experiments.methods import Comparison
 
-    names = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout")
-    options = {name: getattr(args, name) for name in names} if args.engine == "openai" else {}
-    engine = EngineConfig(args.engine, options, args.log, args.progress, arithmetic(args, world))
-    return Comparison(world, papers, seed, args.temperature, args.model, args.tokenizer, engine,
-                      args.samples, tuple(o for o in ORDERS if o in (*args.orders, "easy")))
-
-
-def arithmetic(args: Run, world: World) -> str | None:
-    """The torch engine's arithmetic: as --dtype has it, or the world's for tables."""
-    return args.dtype or (world.table_dtype if args.engine == "torch" else None)
+    server = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout")
+    options = {name: getattr(args, name) for name in server if args.engine == "openai"}
+    dtype = args.dtype or (world.table_dtype if args.engine == "torch" else None)
+    return EngineConfig(args.engine, options, args.log, args.progress, dtype)
 
 
 def exam(args: Omit[ExamRun]) -> None:
@@ -140,11 +121,10 @@ def exam(args: Omit[ExamRun]) -> None:
 
     Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128
     """
-    from roi_lib.experiments.methods import run_methods
+    from roi_lib.experiments.methods import Comparison, find_methods, run_methods
     from roi_lib.experiments.table import make_records, save_comparison, show_details, show_order
     from roi_lib.store.files import check_replaceable, write_csv, write_json
     from roi_lib.store.papers import make_paper_list
-    from roi_lib.worlds import check_choice
 
     check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
     for order in args.orders:
@@ -152,19 +132,18 @@ def exam(args: Omit[ExamRun]) -> None:
     if args.save:
         check_replaceable(args.save)
     world = get_world(args.world)
-    names = method_names(world, args.methods)
+    names = find_methods(world, args.methods)
     papers, split, seed = exam_papers(args, world)
     if args.write_papers:
         write_json(args.write_papers, asdict(make_paper_list(world, papers, split, seed)))
-    comparison = comparison_of(args, world, papers, seed)
+    comparison = Comparison(
+        world, papers, seed, args.temperature, args.model, args.tokenizer, engine_of(args, world),
+        args.samples, tuple(order for order in ORDERS if order in (*args.orders, "easy")))
     results = run_methods(comparison, names, args.budgets or world.budgets, args.workers)
-    records = make_records(comparison, results)
-    order = comparison.orders[-1]
+    records, order = make_records(comparison, results), comparison.orders[-1]
     print(f"{order} order, {len(papers)} papers, seed {seed}, temperature {args.temperature:g}; "
-          f"in brackets 95 % intervals\n\n{show_order(records, order)}")
-    if args.details:
-        print(f"\n{show_details(records)}")
-    report(args, results, records)
+          f"in brackets 95 % intervals\n\n{show_order(records, order)}\n")
+    print(f"{show_details(records)}\n" if args.details else "--details prints the other orders")
     if args.out:
         write_csv(args.out, records.round(6))
     if args.save:
@@ -172,22 +151,8 @@ def exam(args: Omit[ExamRun]) -> None:
     if args.plot:
         plot_records(records, args.plot)
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
-    print(f"\nwrote {', '.join(wrote)}" if wrote else
-          "\n" + "--details prints the other orders; " * (not args.details)
-          + "--out, --save and --plot write all of it")
-    if len(results.table) and results.table["failed"].ne("").all():
-        raise ValueError("every response failed, so there is no Score")
-
-
-def report(args: ExamRun, results, records) -> None:
-    """What a server charged, what failed, and why there are no intervals."""
-    for method, usage in results.usage.items():
-        print(f"{method}: {usage.report(*args.price)}")
-    if failed := int(records["failed"].sum()):
-        remedy = "run the same command again" if args.log else "use --log to keep the others"
-        print(f"warning: {failed} responses failed and count as empty; {remedy}", file=sys.stderr)
-    if records["n_exams"].max() == 1:
-        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
+    print("wrote " + ", ".join(wrote) if wrote else "--out, --save and --plot write all of it")
+    report(args, results, records)
 
 
 def plot_records(records, path: Path) -> None:
@@ -201,26 +166,38 @@ def plot_records(records, path: Path) -> None:
     figure.savefig(path)
 
 
-def sweep(what: tyro.conf.Positional[str], out: Path, args: Omit[Run]) -> None:
+def report(args: ExamRun, results, records) -> None:
+    """What a server charged, what failed, and why there are no intervals."""
+    for method, usage in results.usage.items():
+        print(f"{method}: {usage.report(*args.price)}")
+    if records["n_exams"].max() == 1:
+        print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
+    if failed := int(records["failed"].sum()):
+        remedy = "run the same command again" if args.log else "use --log to keep the others"
+        print(f"warning: {failed} responses failed and count as empty; {remedy}", file=sys.stderr)
+        if results.table["failed"].ne("").all():
+            raise ValueError("every response failed, so there is no Score")
+
+
+def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
     """Compare methods along one thing: budget, problems, mix or temperature; into a CSV file.
 
     Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv
     """
-    from roi_lib.engines import EngineConfig
+    from roi_lib.experiments.methods import find_methods
     from roi_lib.experiments.sweeps import run_sweep
     from roi_lib.store.files import write_csv
     from roi_lib.store.sources import load_pool
 
     check_writable(out=out)
     world = get_world(args.world)
-    config = EngineConfig(args.engine, {}, args.log, args.progress, arithmetic(args, world))
-    table = run_sweep(world, what, method_names(world, args.methods), args.exams, args.seed,
-                      load_pool(world, "test", args.data), config, args.workers)
+    table = run_sweep(world, what, find_methods(world, args.methods), args.exams, args.seed,
+                      load_pool(world, "test", args.data), engine_of(args, world), args.workers)
     write_csv(out, table)
     print(f"wrote {out}: {len(table)} rows")
 
 
-def osmckp(instance: tyro.conf.Positional[Path]) -> None:
+def osmckp(instance: Positional[Path]) -> None:
     """Solve one instance of OS-MCKP exactly, from a JSON file.
 
     Example: python -m roi_lib osmckp INSTANCE.json
@@ -230,7 +207,7 @@ def osmckp(instance: tyro.conf.Positional[Path]) -> None:
     print(json.dumps(solve_document(read_instance(instance)), indent=1))
 
 
-def diagnose(log: tyro.conf.Positional[Path]) -> None:
+def diagnose(log: Positional[Path]) -> None:
     """Say why a run of RARL does not learn, from its log.csv.
 
     Example: python -m roi_lib diagnose data/pocket-rarl/log.csv
@@ -253,7 +230,6 @@ def snapshots(out: Path, work: tuple[Path, ...] = (Path("runs/rarl"),), world: s
     check_writable(out=out)
     place = get_world(world)
     write_json(out, snapshot_report(place, work, papers, seed, load_pool(place, "test", data)))
-    print(f"wrote {out}")
 
 
 def doctor() -> None:
@@ -287,78 +263,68 @@ class Stage:
                 self.work or Path(f"runs/{stage}"))
 
 
-def train_commands(world: World) -> dict[str, Callable]:
-    """The stages of training; the defaults of their recipes hang on the world."""
-    from roi_lib.training.recipes import PretrainRecipe
+def tokenizer(stage: Omit[Stage]) -> None:
+    """Make a world's own tokenizer, in --out or in its own folder below data/.
 
-    start, short = Stage(world.name), replace(world.rarl, steps=120, exams=8)
-    long = PretrainRecipe()
+    Example: python -m roi_lib train tokenizer --out runs/tokenizer
+    """
+    from roi_lib.store.files import DATA
+    from roi_lib.store.tokenizers import make_tokenizer
 
-    def tokenizer(stage: Omit[Stage] = start) -> None:
-        """Make a world's own tokenizer, in --out or in its own folder below data/.
+    world = get_world(stage.world)
+    make_tokenizer(world, stage.out or DATA / world.tokenizer, stage.data)
 
-        Example: python -m roi_lib train tokenizer --out runs/tokenizer
-        """
-        from roi_lib.store.files import DATA
-        from roi_lib.store.tokenizers import make_tokenizer
 
-        make_tokenizer(world, stage.out or DATA / world.tokenizer, stage.data)
+def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
+    """Pre-train the base model of a world of generated problems, about an hour.
 
-    def pretrain(recipe: Omit[PretrainRecipe] = long, stage: Omit[Stage] = start):
-        """Pre-train the base model of a world of generated problems, about an hour.
+    Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base
+    """
+    from roi_lib.training.pretrain import pretrain
 
-        Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base
-        """
-        from roi_lib.training.pretrain import pretrain
+    pretrain(get_world(stage.world), *stage.folders("base"), recipe)
 
-        out, work = stage.folders("pretrain")
-        pretrain(world, stage.out or out.with_name(f"{world.name}-base"), work, recipe)
 
-    def mft(recipe: Omit[MFTRecipe] = world.mft, stage: Omit[Stage] = start) -> None:
-        """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips.
+def mft(recipe: Omit[MFTRecipe], stage: Omit[Stage]) -> None:
+    """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips.
 
-        Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out
-        """
-        from roi_lib.training.mft import train_mft
+    Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out
+    """
+    from roi_lib.training.mft import train_mft
 
-        train_mft(world, *stage.folders("mft"), recipe, stage.model, stage.engine, stage.data)
+    train_mft(get_world(stage.world), *stage.folders("mft"), recipe, stage.model, stage.engine,
+              stage.data)
 
-    def rarl(recipe: Omit[RARLRecipe] = world.rarl, stage: Omit[Stage] = start) -> None:
-        """Rationality-Aware RL: from the MFT model to one that allocates its budget.
 
-        Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out
-        """
-        from roi_lib.training.rarl import train_rarl
+def rarl(recipe: Omit[RARLRecipe], stage: Omit[Stage]) -> None:
+    """Rationality-Aware RL: from the MFT model to one that allocates its budget.
 
-        train_rarl(world, *stage.folders("rarl"), recipe, stage.model, stage.papers, stage.engine,
-                   stage.vllm_url, stage.data)
+    Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out
+    """
+    from roi_lib.training.rarl import train_rarl
 
-    def ablations(variants: tuple[str, ...] = (), recipe: Omit[RARLRecipe] = short,
-                  stage: Omit[Stage] = replace(start, papers=400), jobs: int = 2,  # noqa: B008
-                  threads: int = 1) -> None:
-        """RARL again and again with one thing changed, in one table and a folder of logs.
+    train_rarl(get_world(stage.world), *stage.folders("rarl"), recipe, stage.model, stage.papers,
+               stage.engine, stage.vllm_url, stage.data)
 
-        Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv
 
-        Args:
-            variants: which ones; all of them unless given.
-            jobs: runs at a time.
-            threads: threads of each run.
-        """
-        from roi_lib.experiments.ablations import ablate
-        from roi_lib.store.sources import load_pool
+def ablations(recipe: Omit[RARLRecipe], stage: Omit[Stage], variants: tuple[str, ...] = (),
+              jobs: int = 2, threads: int = 1) -> None:
+    """RARL again and again with one thing changed, `jobs` at a time; a table and a folder of logs.
 
-        out = stage.out or Path("data/ablations.csv")
-        check_writable(out=out)
-        ablate(world, recipe, stage.work or Path("runs/ablations"), out, variants, stage.papers,
-               jobs, threads, *(load_pool(world, split, stage.data) for split in SPLITS))
-        print(f"wrote {out}")
+    Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv
+    """
+    from roi_lib.experiments.ablations import ablate
+    from roi_lib.store.sources import load_pool
 
-    return {f.__name__: f for f in (tokenizer, pretrain, mft, rarl, ablations)}
+    world, out = get_world(stage.world), stage.out or Path("data/ablations.csv")
+    check_writable(out=out)
+    ablate(world, recipe, stage.folders("ablations")[1], out, variants, stage.papers, jobs, threads,
+           *(load_pool(world, split, stage.data) for split in SPLITS))
+    print(f"wrote {out}")
 
 
 # ---------------------------------------------------------------- bench
-def bench(what: tyro.conf.Positional[Literal["osmckp", "generation", "rarl"]],
+def bench(what: Positional[Literal["osmckp", "generation", "rarl"]],
           out: Path | None = None) -> None:
     """Measure side by side: scipy's milp; transformers' generate and vLLM; TRL's GRPOTrainer.
 
@@ -375,7 +341,7 @@ def bench(what: tyro.conf.Positional[Literal["osmckp", "generation", "rarl"]],
         write_json(out, result)
 
 
-def seeds(checkpoints: tyro.conf.Positional[tuple[str, ...]], out: Path) -> None:
+def seeds(checkpoints: Positional[tuple[str, ...]], out: Path) -> None:
     """Put checkpoints of RARL from several seeds into one table, given as SEED=FOLDER.
 
     Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv
@@ -388,21 +354,29 @@ def seeds(checkpoints: tyro.conf.Positional[tuple[str, ...]], out: Path) -> None
     print(f"wrote {out}")
 
 
+def commands(world: World) -> tyro.extras.SubcommandApp:
+    """All commands; the defaults of the recipes of training are those of the world."""
+    app, train, stage = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp(), Stage(world.name)
+    train.command(partial(tokenizer, stage=stage), name="tokenizer")
+    for command, recipe in ((pretrain, PretrainRecipe()), (mft, world.mft), (rarl, world.rarl)):
+        train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
+    train.command(partial(ablations, recipe=replace(world.rarl, steps=120, exams=8),
+                          stage=replace(stage, papers=400)), name="ablations")
+    for command in (exam, sweep, osmckp, bench, diagnose, snapshots, seeds, doctor):
+        app.command(command)
+    app.command(train, name="train", help="Train a stage: tokenizer, pretrain, mft, rarl.")
+    return app
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; what a user can get wrong ends in one sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    after = dict(zip(words, [*words[1:], ""], strict=True))
     try:
-        after = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-        world = get_world(after.get("--world", "pocket"))
-        train, app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
-        for name, command in train_commands(world).items():
-            train.command(command, name=name)
-        for command in (exam, sweep, osmckp, bench, diagnose, snapshots, seeds, doctor):
-            app.command(command)
-        app.command(train, name="train", help="Train a stage: tokenizer, pretrain, mft, rarl.")
-        app.cli(prog="python -m roi_lib", description=__doc__, args=arguments, config=config,
-                registry=REGISTRY)
+        commands(get_world(after.get("--world", "pocket"))).cli(
+            prog="python -m roi_lib", description=__doc__, args=arguments, registry=REGISTRY,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

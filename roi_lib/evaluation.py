@@ -1,22 +1,20 @@
 """Evaluation: Score and Regret with intervals, shares of a table, and what is lost to whom.
 
-    score_and_regret     Score, and the share of the easy-order Score that another order loses
+    score_and_regret, summarize              the numbers of one order under one budget
     paired_difference, regret_difference     two methods on the same papers
-    rates                who skips, whose tags and answers are right: everything that is a share
-    summarize            the numbers of one order under one budget
-    shortfall            what a method leaves behind, beside the rational test-taker
+    rates                                    whatever is a share: of skips, right answers, tags
+    shortfall                                what a method leaves behind, beside the rational one
 
 `Score` is the mean number of problems solved an exam; `Regret` is (Score_easy - Score) / Score_easy
-(paper, evaluation metrics). Beside the rational test-taker of `rational`, whose Score in an order
-is V*(order), what a method leaves behind falls into two parts:
+(paper, evaluation metrics). Beside the rational test-taker, whose Score is V*(order):
 
     lost to order        V*(easy) - V*(order)   no policy could have avoided it
     lost to allocation   V*(order) - Score      better allocation would have saved it
 
-and its optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: the
-bound has the base model's abilities, and training may add to them. All intervals are 95 %
-percentile intervals of a bootstrap over papers; whatever is compared shares its resamples. A
-number NAME comes with NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06.
+The optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: V* has the
+base model's abilities, and training may add to them. Intervals are 95 % percentile intervals of a
+bootstrap over papers, with the same resamples for whatever is compared; a number NAME comes with
+NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06.
 """
 
 from collections.abc import Callable, Sequence

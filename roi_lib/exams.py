@@ -5,9 +5,8 @@
     Segment, Response                        a response cut into one segment a problem
 
 A paper is a tuple of problems; an `Exam` is a paper in the order in which it must be answered:
-`easy` (easy to hard), `hard` (hard to easy) or `medium` (a seeded shuffle that is neither). The
-costs of a response's segments, in tokens, with those of the preamble before the first header, add
-up to the whole response. Notebook 02.
+`easy` (easy to hard), `hard` (hard to easy) or `medium` (a seeded shuffle that is neither).
+Notebook 02.
 """
 
 import random
@@ -129,11 +128,8 @@ class Response:
 
 
 def boxed(text: str) -> tuple[str, int] | None:
-    """Content and position of the first closed, non-empty `\\boxed{}`, braces balanced.
-
-    The first one counts, not the last: an exam has no revisiting, and a row of guesses must not
-    earn what only one of them would.
-    """
+    """Content and position of the first closed, non-empty `\\boxed{}`, braces balanced: the first,
+    not the last, for a row of guesses must not earn what only one of them would."""
     start = text.find("\\boxed{")
     if start < 0:
         return None
@@ -220,9 +216,8 @@ class Environment:
     def parse(self, ids: Sequence[int], n: int) -> Response:
         """Cut a response to an exam of `n` problems into segments with token-exact costs.
 
-        A segment runs from its header to the next one. Text and tokens are matched by decoding
-        prefixes of `ids`; nothing is ever encoded again. A response to a single problem may leave
-        its header out.
+        A segment runs from its header to the next one (a single problem needs none). Text and
+        tokens are matched by decoding prefixes of `ids`; nothing is ever encoded again.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]

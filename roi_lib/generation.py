@@ -1,11 +1,9 @@
 """Budgeted generation: one hard token budget for everything that a response holds.
 
-    Request, Rollout   a prompt with a budget and a seed; what came back, never above the budget
-    within_budget      where the budget is enforced, whatever a back end sends
-    Engine             what every back end offers
-    sample_token       tokens from logits and uniform random numbers
-    CachedDecoder      rows of one batch, step by step, with a model's own forward and cache
-    TorchEngine        the decode loop, for any causal language model of transformers
+    Request, Rollout        a prompt with a budget and a seed; what came back, never above it
+    within_budget           where the budget is enforced, whatever a back end sends
+    Engine, TorchEngine     what every back end offers; the decode loop, for any causal model
+    sample_token, CachedDecoder    its parts: one token a row; the model's forward, step by step
 
 The end-of-sequence token is charged like any other. `engines` has faster and other back ends
 behind the same interface. Notebook 03.

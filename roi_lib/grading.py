@@ -1,13 +1,7 @@
 r"""Grading: is the answer in a problem's box the gold answer? Notebook 02.
 
-The pocket world's answers are compared as integers, real ones by the rules below, and by
-`math-verify` where no rule decides. Most rules refuse a credit that math-verify 0.9 gives.
-
-- A number is compared exactly, and must be worked out: for 144, neither `12^2` nor `143.9999999`.
-- A gold answer that is no plain number (`\sqrt{2}`) is never met by a rounded decimal.
-- Units are left out, not converted. `\%` is one: `50\%` is 50, as both datasets write it, not 0.5.
-- A chain of equations counts by its last member, but not `3 = \sqrt{2}`, which opens with a number.
-- Words are compared as words, a set is no pair, and a base is part of a number: `52_8` is not `52`.
+The pocket world's answers are compared as integers, real ones by the rules of `tidy` and `decide`,
+and by `math-verify` where no rule decides. Most rules refuse a credit that math-verify 0.9 gives.
 """
 
 import json
@@ -40,7 +34,8 @@ _NUMBER = re.compile(  # sign; decimal, or whole part, top and bottom, or top an
 
 
 def tidy(text: str) -> str:
-    """An answer without layout, unit, percent or degree sign, and a leading `x =`."""
+    r"""An answer without layout, leading `x =` and unit: a unit is left out, not converted. `\%` is
+    one: `50\%` is 50, as both datasets write it, not 0.5."""
     text = " ".join(_LAYOUT.sub("", text.replace("\u2212", "-")).split())
     text = re.sub(r"^\\boxed\s*\{(.*)\}$", r"\1", _THOUSANDS.sub("", text)).strip()
     text = re.sub(r"^[A-Za-z]\s*=(?!=)\s*", "", text)
@@ -75,21 +70,21 @@ def read_based(text: str) -> tuple[str, str] | None:
 
 
 def decide(gold: str, answer: str) -> str:
-    """The verdict by the rules above; "" where they leave it to math-verify."""
+    """The verdict by rules; "" leaves it to math-verify, which takes the last of `x = y = z`."""
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return "too long"
     if answer.strip() == gold.strip():
         return "equal"
     gold, answer = tidy(gold), tidy(answer)
     number, given = read_number(gold), read_number(answer)
-    if number is not None:
+    if number is not None:  # for 144, neither `12^2` nor `143.9999999`
         return "not worked out" if given is None else "equal" if given == number else "different"
-    if given is not None and "." in answer:
+    if given is not None and "." in answer:  # which never meets a gold answer like `\sqrt{2}`
         return "rounded"
-    for read in (read_based, read_words):
+    for read in (read_based, read_words):  # `52_8` is not `52`; words are compared as words
         if read(gold) is not None:
             return "equal" if read(gold) == (read(answer) or answer.lower()) else "different"
-    opens_with_number = "=" not in gold and re.match("[^A-Za-z]*=", answer)
+    opens_with_number = "=" not in gold and re.match("[^A-Za-z]*=", answer)  # `3 = \sqrt{2}`
     pair_for_set = {gold[:1], answer[:1]} == {"(", "\\"} and r"\{" in (gold[:2], answer[:2])
     return "different" if opens_with_number or pair_for_set else ""
 
@@ -125,9 +120,7 @@ GRADERS = {"integer": same_integer, "math": same_math}
 
 def grade(world: World, pairs: list[tuple[str, str | None]]) -> list[bool]:
     """Which answers earn the point, from pairs of gold answer and answer; each is graded once.
-
-    Raises RuntimeError where math-verify does not start.
-    """
+    `RuntimeError`: math-verify does not start."""
     todo = sorted({pair for pair in pairs if pair[1] not in (None, "", SKIP_ANSWER)})
     same = GRADERS[world.grader]
     marks = verdicts(todo) if same is same_math else [same(*pair) for pair in todo]
@@ -136,11 +129,9 @@ def grade(world: World, pairs: list[tuple[str, str | None]]) -> list[bool]:
 
 
 def ask(pairs: list[list[str]]) -> list[str]:
-    """What math-verify says of tidy pairs, in a process that is started anew where it dies.
-
-    A short answer can hang math-verify or eat all memory. The process is a bare interpreter: those
-    of a pool would run a script without a main guard again, or fork torch's threads.
-    """
+    """What math-verify says of tidy pairs, in a process that is started anew where it dies: a short
+    answer can hang it or eat all memory. The process is a bare interpreter: those of a pool would
+    run a script without a main guard again, or fork torch's threads."""
     words: list[str] = []
     while len(words) < len(pairs):
         code = f"from roi_lib.grading import serve; serve({SECONDS_PER_ANSWER})"
@@ -160,10 +151,9 @@ def serve(seconds: float) -> None:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (BYTES_PER_PROCESS, BYTES_PER_PROCESS))
     from math_verify import parse, verify
-    timer = signal.ITIMER_PROF  # of Linux and macOS
     print("ready", flush=True)
     for pair in json.load(sys.stdin):
-        signal.setitimer(timer, seconds)  # after these, the system ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # after these, the system ends the process
         try:
             gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
                             for text in pair)

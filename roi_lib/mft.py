@@ -38,9 +38,8 @@ def tag_tokens(env: Environment) -> int:
     return len(ids[0])
 
 
-def training_problems(
-    world: World, count: int, seed: int = 0, pool: Sequence[Problem] | None = None
-) -> list[Problem]:
+def training_problems(world: World, count: int, seed: int = 0,
+                      pool: Sequence[Problem] | None = None) -> list[Problem]:
     """Up to `count` different training problems a tier: all there are, where a pool has fewer."""
     drawn = []
     for tier in TIERS:
@@ -64,9 +63,8 @@ class Sample:
     correct: bool  # right, and ended within the budget
 
 
-def rejection_sample(
-    env: Environment, engine: Engine, problems: Sequence[Problem], k: int = 8, seed: int = 0
-) -> list[list[Sample]]:
+def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Problem], k: int = 8,
+                     seed: int = 0) -> list[list[Sample]]:
     """`k` graded answers to every problem, alone, under the direct prompt, at temperature 1.
 
     The budget is the top level's edge: an answer that needs more would be skipped anyway. An
@@ -105,9 +103,9 @@ class Target:
 def align(world: World, problem: Problem, samples: Sequence[Sample], target="shortest") -> Target:
     """Tag alignment and refusal learning: one problem's samples -> what is taught.
 
-    Of the right answers within the top level one is taught: the "shortest" (it teaches thrift, and
-    an answer that is right by luck and long is dropped) or the "median" by cost (it teaches what
-    the model usually spends). Where there is none, the problem is refused.
+    Of the right answers within the top level one is taught: the "shortest" (thrift; long luck is
+    dropped) or the "median" by cost (what the model usually spends). Where there is none, the
+    problem is refused.
     """
     good = sorted((s for s in samples if s.correct and world.level_of(s.cost) < world.skip_level),
                   key=lambda s: s.cost)

@@ -3,12 +3,10 @@
     comparison, boxes (easy); bus, shopping (medium); remainders, cycle (hard)
     sample_problem, problem_stream    one `Problem` of a family; endless ones of a tier, seeded
 
-A pocket problem is a short English statement with one integer answer and a worked solution. Each
-tier has its own shape of cost, standing for GSM8K (easy: one to three steps), MATH (medium: a
+Each tier has its own shape of cost, standing for GSM8K (easy: one to three steps), MATH (medium: a
 longer chain) and AIME (hard: a short statement, then a search whose length nobody can read off).
-
-Problems are split by a hash of their *skeleton*, the numbers without names and things, so that
-no test problem is a training problem in other clothes. Notebook 00.
+Problems are split by a hash of their *skeleton*, the numbers without names and things, so that no
+test problem is a training problem in other clothes. Notebook 00.
 """
 
 import hashlib

@@ -12,12 +12,11 @@ it is paid for. So there are two sides, and two that know less and more:
     achievable  policy from some attempts, paid by the others, all folds in turn: what one real
                 policy earns without bias, so never above the true optimum on average
     plug_in     policy and pay from the same attempts: never below the true optimum on average
-    by_family   the policy takes every problem for an average one of its family (all papers
-                pooled), and is paid by the problem's own attempts
-    hindsight   the best choices when each attempt's outcome is known beforehand; no policy has it
+    by_family   the policy takes every problem for an average one of its family (the first two may
+                know more than a statement gives away), and is paid by the problem's own attempts
+    hindsight   the best choices when each outcome is known beforehand; no policy has it
 
-The first two know each problem as well as K attempts can tell, which may be more than its
-statement gives away. Notebook 06.
+Notebook 06.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import SMALL_RARL, tiny_model
 
-from roi_lib.experiments.ablations import ABLATIONS, COLUMNS, ablate, changed, write_seeds
+from roi_lib.experiments.ablations import ABLATIONS, COLUMNS, ablate, write_seeds
 from roi_lib.store.files import DATA
 from roi_lib.worlds import ORDERS, POCKET, Method
 
@@ -21,9 +21,10 @@ def world(tokenizer, tmp_path_factory):
 
 
 def test_each_variant_changes_what_it_says():
-    recipe = POCKET.rarl
-    differs = {name: {k: v for k, v in asdict(changed(recipe, name)).items()
-                      if asdict(recipe)[k] != v} for name in ABLATIONS}
+    recipe, differs = POCKET.rarl, {}
+    for name, (_, change, _) in ABLATIONS.items():
+        variant = asdict(replace(recipe, **change(recipe) if change else {}))
+        differs[name] = {k: v for k, v in variant.items() if asdict(recipe)[k] != v}
     assert differs == {
         "mft": {}, "reference": {}, "from_base": {}, "answer_only": {"reward": "answer"},
         "skip_bonus": {"reward": "skip_bonus"}, "grpo": {"scale": "std", "normalizer": "length"},
@@ -41,13 +42,14 @@ def test_table_and_logs_of_a_run_and_its_continuation(world, tmp_path):
     table = pd.read_csv(out, keep_default_na=False)
     assert list(table) == COLUMNS and table["steps"].tolist() == [0] * 6 + [2] * 6
     # without MFT nothing is earned, and the diagnosis says why
-    assert set(table["diagnosis"][6:]) == {"level never right; no spread"}
+    assert table["diagnosis"][6:].str.contains("level never right").all()
     assert set(table["diagnosis"][:6]) == {""}
     assert len(pd.read_csv(tmp_path / "table" / "from_base.csv")) == 2
     assert not (tmp_path / "table" / "mft.csv").exists()
     assert "RARL" in (work / "from_base" / "output.txt").read_text()
     kept = {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")}
-    pd.testing.assert_frame_equal(ablate(*arguments), rows)
+    again = ablate(*arguments[:4], ["from_base"], 4)
+    pd.testing.assert_frame_equal(again, rows[6:])
     assert kept and {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")} == kept
 
 

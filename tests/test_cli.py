@@ -1,164 +1,176 @@
-"""The command line: records with the agreed keys, and one clear sentence for bad input."""
+"""The command line: what each command writes, and one clear sentence for bad input."""
 
 import json
-import shutil
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 
-from roi_lib import doctor
-from roi_lib.__main__ import arithmetic, build_parser, main
-from roi_lib.worlds import get_world
-
-KEYS = {"world", "method", "order", "budget", "n_exams", "seed", "score", "score_ci", "score_easy",
-        "regret", "regret_ci", "position_accuracy", "position_accuracy_ci", "mean_tokens",
-        "skip_rate", "level_accuracy", "over_budget"}
+from roi_lib.__main__ import main
+from roi_lib.worlds import ORDERS, POCKET
 
 
-def run(capsys, *arguments):
-    """Exit status, standard output, standard error."""
-    try:
-        main([str(a) for a in arguments])
+@pytest.fixture
+def run(capsys):
+    """Exit status, standard output and standard error of one command."""
+    def command(*arguments):
         status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return command
 
 
-def refused(capsys, tmp_path, *arguments):
-    """The one sentence with which a command refuses; its output file stays as it was."""
-    out = tmp_path / "out.json"
-    out.write_text("earlier")
-    status, _, error = run(capsys, *arguments, "--out", out)
-    assert status == 2 and out.read_text() == "earlier"
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+# ---------------------------------------------------------------- exams
+def test_all_methods_on_one_screen_and_in_one_table(run, tmp_path):
+    out, plot = tmp_path / "out.csv", tmp_path / "out.png"
+    status, text, _ = run("exam", "--methods", "all", "--budgets", "64,32,64", "--exams", 3,
+                          "--out", out, "--plot", plot, "--progress", "False")
+    records = pd.read_csv(out)
+    assert status == 0 and len(text.splitlines()) <= 24 and plot.stat().st_size > 9_000
+    assert text.startswith("hard order, 3 papers, seed 0") and f"wrote {out}, {plot}" in text
+    names = [name for name in POCKET.methods if name != "replay"] + ["rational_tagged"]
+    assert records["method"].unique().tolist() == names and all(name in text for name in names)
+    assert len(records) == len(names) * 2 * 3, "a budget that is named twice is sat once"
+    assert set(records["order"]) == set(ORDERS) and (records["over_budget"] == 0).all()
+    assert (records[records["order"] == "easy"]["regret"].dropna() == 0).all()
 
 
-def test_exam_writes_the_agreed_records(capsys, tmp_path):
-    out = tmp_path / "results.json"
-    status, table, _ = run(capsys, "exam", "--world", "pocket", "--methods", "base", "--budgets",
-                           "64,128", "--exams", 20, "--seed", 0, "--out", out)
-    records = json.loads(out.read_text())
-    assert status == 0 and len(records) == 6
-    assert table.count("base") == 12, "six rows of Scores, six of accuracies by position"
-    assert all(KEYS <= set(r) and r["over_budget"] == 0 and r["n_exams"] == 20 for r in records)
-    assert [(r["budget"], r["order"]) for r in records] == [
-        (b, o) for b in (64, 128) for o in ("easy", "medium", "hard")]
-    assert all(r["regret"] == 0 for r in records if r["order"] == "easy")
-    again = tmp_path / "again.json"
-    run(capsys, "exam", "--exams", 20, "--out", again)
-    assert again.read_text() == out.read_text(), "the defaults are the pocket world's, seeded"
+def test_papers_are_handed_on_and_orders_chosen(run, tmp_path):
+    """What somebody else sits from the list is what was sat here; easy is always there."""
+    papers, tables = tmp_path / "papers.json", [tmp_path / "one.csv", tmp_path / "two.csv"]
+    common = ["exam", "--methods", "replay", "--budgets", "64"]
+    assert run(*common, "--exams", 5, "--seed", 7, "--write-papers", papers, "--orders", "hard",
+               "--out", tables[0])[0] == 0
+    status, text, _ = run(*common, "--papers", papers, "--orders", "hard", "--details", "True",
+                          "--out", tables[1], "--save", tmp_path / "saved")
+    assert status == 0 and "--details" not in text and "accuracy_1" in text
+    one, two = map(pd.read_csv, tables)
+    pd.testing.assert_frame_equal(one, two)
+    assert one["order"].tolist() == ["easy", "hard"] and set(one["seed"]) == {7}
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "saved/records.csv"), one)
 
 
-def test_arithmetic_of_tables():
-    def chosen(*options):
-        args = build_parser().parse_args(["exam", *options])
-        return arithmetic(args, get_world(args.world))
-    assert chosen() == "float32" and chosen("--dtype", "float64") == "float64"
-    assert chosen("--world", "paper") == "auto"
-    assert chosen("--engine", "vllm") is None, "the other engines have their own"
+def test_problems_of_ones_own_and_a_single_exam(run, tmp_path):
+    rows = [json.dumps({"problem": f"{tier} 1+1?", "answer": "2", "tier": tier}) for tier in ORDERS]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    status, text, note = run("exam", "--methods", "replay", "--budgets", 64, "--exams", 1,
+                             "--problems", tmp_path / "mine.jsonl")
+    assert status == 0 and "3.000 --" in text and "one exam has no interval" in note
 
 
-def test_real_papers_by_replay(capsys, tmp_path, real_data):
-    out = tmp_path / "results.json"
-    status, _, _ = run(capsys, "exam", "--world", "paper", "--data", real_data, "--methods",
-                       "replay", "--exams", 40, "--budgets", "512,1024,100000", "--out", out)
-    records = json.loads(out.read_text())
-    assert status == 0 and all(r["over_budget"] == 0 for r in records)
-    scores = {(r["budget"], r["order"]): r["score"] for r in records}
-    assert all(scores[100_000, order] == 3 for order in ("easy", "medium", "hard"))
-    assert scores[512, "medium"] < scores[1024, "medium"] < 3
+def test_real_papers_by_replay(run, tmp_path, real_data):
+    out = tmp_path / "out.csv"
+    status, _, _ = run("exam", "--world", "paper", "--data", real_data, "--methods", "replay",
+                       "--exams", 40, "--budgets", "512,1024,100000", "--out", out)
+    score = pd.read_csv(out).set_index(["budget", "order"])["score"]
+    assert status == 0 and (score[100_000] == 3).all()
+    assert score[512, "medium"] < score[1024, "medium"] < 3
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--world", "moon"], "unknown world 'moon'; choose from pocket, paper"),
-    (["--methods", "base,genius"], "unknown method 'genius'"),
-    (["--budgets", "0"], "budget 0 is smaller than one level tag"),
-    (["--budgets", "64,4"], "give at least 5 tokens"),
-    (["--exams", "0"], "must be at least 1"),
-    (["--problems-per-exam", "0"], "must be at least 1"),
-    (["--model", "no/such/folder/here"], "name a local folder"),
-    (["--world", "paper", "--methods", "replay", "--data", "nowhere"], "no dataset folder nowhere"),
-    (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--temperature", "-1"], "temperature must be 0"),
-])  # fmt: skip
-def test_F6_F29_bad_arguments(capsys, tmp_path, arguments, words):
-    assert words in refused(capsys, tmp_path, "exam", "--exams", 2, *arguments)
+# ---------------------------------------------------------------- the other commands
+COMMANDS = ["exam", "sweep", "osmckp", "bench", "diagnose", "snapshots", "seeds", "doctor",
+            *(f"train {stage}" for stage in ("tokenizer", "pretrain", "mft", "rarl", "ablations"))]
 
 
-GOOD = '{"problem": "1+1", "answer": "2", "tier": "easy"}\n'
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help_with_an_example(run, command):
+    status, text, _ = run(*command.split(), "--help")
+    assert status == 0 and f"Example: python -m roi_lib {command or 'exam'}" in text
 
 
-@pytest.mark.parametrize(("rows", "words"), [
-    (GOOD + '{"problem": "2+2", "ans', "line 2: not JSON"),
-    (GOOD + "[]", "line 2: not a JSON object"),
-    (GOOD + '{"problem": "2+2", "answer": "4", "tier": "tiny"}', "line 2: tier must be one of"),
-    (GOOD + '{"problem": "2+2", "answer": " ", "tier": "easy"}', "line 2: field 'answer'"),
-    ('{"problem": "2+2", "tier": "easy"}', "line 1: field 'answer'"),
-    (GOOD + "\n" + GOOD, "line 3: repeats line 1"),
-    (GOOD, "there are no medium problems"),
-    ("", "there are no easy problems"),
-])  # fmt: skip
-def test_F21_F28_bad_rows_name_file_and_line(capsys, tmp_path, rows, words):
-    path = tmp_path / "mine.jsonl"
-    path.write_text(rows)
-    error = refused(capsys, tmp_path, "exam", "--exams", 2, "--problems", path)
-    assert words in error and ("mine.jsonl" in error or "there are no" in error)
+def test_sweep_osmckp_diagnose_and_seeds(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("roi_lib.worlds").worlds.WORLDS, "pocket",
+                        replace(POCKET, budgets=(24,)))
+    out = tmp_path / "sweep.csv"
+    status, text, _ = run("sweep", "mix", "--methods", "replay", "--exams", 2, "--out", out)
+    assert status == 0 and f"wrote {out}: 18 rows" in text and len(pd.read_csv(out)) == 18
+    skip, solve = ({"name": name, "outcomes": [{"p": 0.5, "cost": c, "reward": r} for c in costs]}
+                   for name, costs, r in (("skip", (0, 0), 0), ("solve", (3, 9), 1)))
+    (tmp_path / "one.json").write_text(json.dumps({"budget": 6, "classes": [[skip, solve]]}))
+    status, text, _ = run("osmckp", tmp_path / "one.json")
+    assert status == 0 and json.loads(text)["value"] == 0.5
+    assert run("diagnose", "data/pocket-rarl/log.csv")[1].startswith("no known cause fits")
+    status, _, _ = run("seeds", "0=data/pocket-rarl", "--out", tmp_path / "seeds.csv")
+    assert status == 0 and len(pd.read_csv(tmp_path / "seeds.csv")) == 12
 
 
-def test_F28_byte_order_mark_and_windows_lines(capsys, tmp_path):
-    rows = [json.dumps({"problem": f"{tier} {i}", "answer": "2", "tier": tier})
-            for tier in ("easy", "medium", "hard") for i in range(2)]
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
-    status, table, _ = run(capsys, "exam", "--methods", "replay", "--budgets", 64, "--exams", 3,
-                           "--problems", path)
-    assert status == 0 and table.count("3.000") >= 3
+def test_options_reach_the_stages_of_training(run, tmp_path, monkeypatch):
+    called = {}
+    for name in ("training.mft.train_mft", "training.rarl.train_rarl", "training.pretrain.pretrain",
+                 "experiments.ablations.ablate", "experiments.snapshots.snapshot_report"):
+        monkeypatch.setattr(f"roi_lib.{name}", lambda *a, name=name, **k: called.update({name: a}))
+    for stage in ("mft", "rarl", "pretrain"):
+        run("train", stage, "--seed", 3, "--work", tmp_path / "w", "--out", tmp_path / stage)
+        function = f"training.{stage}.{'' if stage == 'pretrain' else 'train_'}{stage}"
+        world, out, work, recipe, *_ = called[function]
+        assert (world, out, work, recipe.seed) == (POCKET, tmp_path / stage, tmp_path / "w", 3)
+    run("train", "rarl", "--budgets", "16,24", "--snapshots", "0", "2", "--world", "paper")
+    world, _, _, recipe, *_ = called["training.rarl.train_rarl"]
+    assert recipe == replace(world.rarl, budgets=(16, 24), snapshots=(0, 2)) and recipe.trl
+    run("train", "ablations", "--variants", "mft,grpo", "--out", tmp_path / "a.csv", "--steps", 7)
+    arguments = called["experiments.ablations.ablate"]
+    assert arguments[1].steps == 7 and tuple(arguments[4]) == ("mft", "grpo")
+    run("snapshots", "--work", "a", "b", "--papers", 5, "--out", tmp_path / "s.json")
+    _, works, papers, *_ = called["experiments.snapshots.snapshot_report"]
+    assert list(map(str, works)) == ["a", "b"] and papers == 5
 
 
-def test_F28_wrong_encoding(capsys, tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(GOOD.encode("utf-16"))
-    assert "mine.jsonl" in refused(capsys, tmp_path, "exam", "--problems", path)
+# ---------------------------------------------------------------- bad input
+REFUSED = [
+    ("exam --world moon", "world must be one of pocket, paper"),
+    ("exam --methods base,genius", "genius"),
+    ("exam --methods base,rational --samples 3", "give a multiple of 4"),
+    ("exam --orders easy,odd", "order must be one of easy, medium, hard, not 'odd'"),
+    ("exam --budgets 0", "budget 0 is smaller than one level tag"),
+    ("exam --budgets 64,4", "give at least 5 tokens"),
+    ("exam --exams 0", "must be at least 1"), ("exam --problems-per-exam 0", "must be at least 1"),
+    ("exam --tiers easy,tiny", "tier must be one of"), ("exam --dtype float9", "float9"),
+    ("exam --model no/such/folder/here", "name a local folder"),
+    ("exam --temperature -1", "temperature must be 0"),
+    ("exam --engine replay --exams 2", "lacks 2 of 2 responses"),
+    ("exam --world paper --methods all", "name methods whose checkpoints the hub has"),
+    ("exam --world paper --methods replay --data nowhere", "nowhere"),
+    ("exam --problems nowhere.jsonl", "nowhere.jsonl"), ("exam --papers TMP/own.json", "own.json"),
+    ("exam --save TMP", "is not replaced"), ("exam --out TMP", "--out names"),
+    ("exam --out TMP/no/x.csv", "the folder of --out does not exist"),
+    ("exam --plot TMP/no/x.png", "the folder of --plot does not exist"),
+    ("exam --write-papers TMP/no/x.json", "the folder of --write-papers does not exist"),
+    ("sweep weather --out TMP/x.csv", "sweep must be one of budget, problems"),
+    ("sweep mix --out TMP/no/x.csv", "the folder of --out does not exist"),
+    ("osmckp TMP/own.json", "own.json"), ("osmckp TMP/none.json", "none.json"),
+    ("bench osmckp --out TMP/no/x.json", "the folder of --out does not exist"),
+    ("diagnose TMP/none.csv", "none.csv"), ("diagnose TMP/own.json", "is no log of RARL"),
+    ("snapshots --work TMP/none --out TMP/x.json", "none"),
+    ("seeds 0=TMP/none --out TMP/x.csv", "none"),
+    ("train rarl --reward luck", "reward must be one of"),
+    ("train rarl --budgets 64,4 --work TMP/w --out TMP/o", "give at least 5 tokens"),
+    ("train rarl --model no/such --work TMP/w --out TMP/o", "no/such"),
+    ("train rarl --engine server --work TMP/w --out TMP/o", "needs TRL's trainer"),
+    ("train rarl --out TMP", "is not replaced"), ("train mft --out TMP", "is not replaced"),
+    ("train pretrain --out TMP", "is not replaced"),
+    ("train tokenizer --out TMP", "is not replaced"),
+    ("train mft --target longest", "target must be one of shortest, median"),
+    ("train ablations --variants luck --out TMP/x.csv", "variant must be one of mft, reference"),
+    ("train ablations --out TMP/no/x.csv", "the folder of --out does not exist")]
 
 
-@pytest.mark.parametrize("option", ["--out", "--plot", "--write-papers"])
-def test_output_files_must_have_a_folder(capsys, tmp_path, option):
-    status, _, error = run(capsys, "exam", "--exams", 2, option, tmp_path / "no" / "x.json")
-    assert status == 2 and f"the folder of {option} does not exist" in error
-    status, _, error = run(capsys, "exam", "--exams", 2, option, tmp_path)
-    assert status == 2 and f"{option} names a folder" in error
+@pytest.mark.parametrize(("command", "words"), REFUSED, ids=[command for command, _ in REFUSED])
+def test_bad_input_is_one_sentence_and_costs_nobody_a_file(run, tmp_path, command, words,
+                                                          monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "own.json").write_text("{")
+    status, _, error = run(*command.replace("TMP", str(tmp_path)).split())
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert words in error
+    assert (tmp_path / "own.json").read_text() == "{"
+    assert not [*tmp_path.glob("x.*")] and not (tmp_path / "o").exists()
 
 
-def test_osmckp_prints_json(capsys, tmp_path):
-    path = tmp_path / "instance.json"
-    skip = {"name": "skip", "outcomes": [{"p": 1, "cost": 0, "reward": 0}]}
-    solve = {"name": "solve", "outcomes": [{"p": 0.5, "cost": 3, "reward": 1},
-                                           {"p": 0.5, "cost": 9, "reward": 1}]}
-    path.write_text(json.dumps({"budget": 6, "classes": [[skip, solve]]}))
-    status, output, _ = run(capsys, "osmckp", path)
-    assert status == 0 and json.loads(output)["value"] == 0.5
-    path.write_text("{")
-    status, _, error = run(capsys, "osmckp", path)
-    assert status == 2 and "is not JSON" in error
-
-
-def test_doctor(capsys):
-    status, output, _ = run(capsys, "doctor")
-    assert status == 0 and "[OK]   torch 2.13.0" in output and "[FAIL]" not in output
-
-
-def test_F2_the_doctor_names_a_broken_checkpoint(capsys, monkeypatch, tmp_path):
-    for name in ("pocket-base", "pocket-tokenizer"):
-        shutil.copytree(doctor.DATA / name, tmp_path / name)
-    (tmp_path / "pocket-base/config.json").write_text("{}")
-    monkeypatch.setattr(doctor, "DATA", tmp_path)
-    assert not doctor.check_environment()
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "[FAIL] data/pocket-base differs from its hashes; mend it with: "
-        "git checkout -- data/pocket-base")
-
-
-def test_all_methods_of_a_world_without_checkpoints(capsys, tmp_path):
-    assert "name methods whose checkpoints the hub has" in refused(
-        capsys, tmp_path, "exam", "--world", "paper", "--methods", "all")
+@pytest.mark.parametrize("command", ["exam --engine abacus", "exam --exams many", "juggle", ""])
+def test_what_is_no_command_or_option_ends_with_status_2(run, command):
+    status, _, error = run(*command.split())
+    assert status == 2 and (not command or command.split()[-1] in error)

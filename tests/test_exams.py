@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from roi_lib.engines.replay import reference_response
-from roi_lib.exams import Exam, boxed, draw_papers, in_orders, order_problems, tag
+from roi_lib.exams import Exam, draw_papers, in_orders, order_problems, tag
 from roi_lib.problems import Problem
 from roi_lib.store.checkpoints import load_environment
 from roi_lib.worlds import ORDERS, PAPER, POCKET
@@ -22,40 +22,30 @@ def envs():
 
 def read(env, words, n=3):
     """The response, whose costs add up."""
-    response = env.parse(env.encode(words), n)
-    assert response.preamble + sum(s.cost for s in response.segments) == response.total
-    assert response.total == len(env.encode(words))
+    ids = env.encode(words)
+    response = env.parse(ids, n)
+    assert response.preamble + sum(s.cost for s in response.segments) == response.total == len(ids)
     return response
 
 
-# ---------------------------------------------------------------- papers and orders
-def test_orders_hold_the_same_problems(refusal):
-    for i, paper in enumerate(PAPERS):
-        tiers = {order: [p.tier for p in order_problems(paper, order, str(i))] for order in ORDERS}
-        assert tiers["easy"] == ["easy", "medium", "hard"]
-        assert tiers["hard"] == ["hard", "medium", "easy"]
-        assert tiers["medium"] not in (tiers["easy"], tiers["hard"])
-        assert {*order_problems(paper, "medium", str(i))} == {*paper}
+def test_orders_hold_the_same_problems_and_medium_is_any_mixed_one(refusal):
+    seen = Counter()
+    for i, paper in enumerate(PAPERS * 10):
+        easy, medium, hard = (order_problems(paper, order, str(i)) for order in ORDERS)
+        assert [p.tier for p in easy] == ["easy", "medium", "hard"] and hard == easy[::-1]
+        assert {*medium} == {*paper} and medium == order_problems(paper, "medium", str(i))
+        seen[tuple(p.tier for p in medium)] += 1
+    assert len(seen) == 4 and min(seen.values()) > 60
+    assert not {tuple(p.tier for p in way) for way in (easy, hard)} & set(seen)
+    assert in_orders(PAPERS, ["medium"], 0) != in_orders(PAPERS, ["medium"], 1)
     assert "easy, medium, hard, not 'random'" in refusal(order_problems, paper, "random", "0")
 
 
-def test_medium_uses_every_mixed_order_and_its_seed():
-    seen = Counter(tuple(p.tier for p in order_problems(PAPERS[0], "medium", str(i)))
-                   for i in range(400))
-    assert len(seen) == 4 and min(seen.values()) > 60
-    medium, hard = ([in_orders(PAPERS, [order], seed) for seed in (0, 0, 1)] for order in (
-        "medium", "hard"))
-    assert medium[0] == medium[1] != medium[2] and hard[0] == hard[2]
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_papers_of_any_length_hold_no_problem_twice(n):
-    paper = draw_papers(POCKET, 2, n)[1]
-    assert len(paper) == n == len({p.id for p in paper})
-    assert {*order_problems(paper, "medium", "0")} == {*paper}
-
-
-def test_papers_that_cannot_be_drawn_are_refused(refusal):
+def test_papers_of_any_length_hold_no_problem_twice(refusal):
+    for n in (1, 2, 5):
+        paper = draw_papers(POCKET, 2, n)[1]
+        assert len(paper) == n == len({p.id for p in paper})
+        assert {*order_problems(paper, "medium", "0")} == {*paper}
     for papers, problems in ((0, 3), (3, 0), (-1, 3)):
         assert "must be at least 1" in refusal(draw_papers, POCKET, papers, problems)
     assert "tier must be one of" in refusal(draw_papers, POCKET, 1, tiers=["tiny"])
@@ -64,7 +54,6 @@ def test_papers_that_cannot_be_drawn_are_refused(refusal):
     assert "not enough easy" in refusal(draw_papers, POCKET, 1, pool=pool, tiers=["easy"] * 2)
 
 
-# ---------------------------------------------------------------- prompts
 def test_prompts_state_budget_and_every_problem(envs, refusal):
     for env in envs.values():
         for style in env.world.prompts:
@@ -86,8 +75,7 @@ EVIL = {
 @pytest.mark.parametrize("case", EVIL)
 def test_statements_are_data_and_never_become_control_tokens(envs, world, case):
     env = envs[world]
-    problem = Problem("evil", EVIL[case], "7", "\\boxed{7}", "easy", "own")
-    prompt = env.prompt(Exam((problem,), "easy"), 64)
+    prompt = env.prompt(Exam((Problem("evil", EVIL[case], "7", "", "easy", "own"),), "easy"), 64)
     chat = env.tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}], add_generation_prompt=True, return_dict=False)
     for control in ("<|im_start|>", "<|im_end|>"):
@@ -103,7 +91,6 @@ def test_a_budget_holds_a_header_with_a_tag(env, refusal):
         assert f"budget {budget} is smaller" in refusal(env.check_budget, budget)
 
 
-# ---------------------------------------------------------------- responses
 @pytest.mark.parametrize(("world", "style"), [
     (world.name, style) for world in (POCKET, PAPER) for style in world.prompts])
 def test_reference_responses_read_back(envs, world, style):
@@ -112,7 +99,6 @@ def test_reference_responses_read_back(envs, world, style):
         words = reference_response(envs[world].world, paper, style, skip=(False, True, False))
         response = read(envs[world], words)
         assert [s.answer for s in response.segments] == [paper[0].answer, "NA", paper[2].answer]
-        assert [s.skipped for s in response.segments] == [False, True, False]
         assert (response.preamble > 0) == (style in ("plan_and_solve", "least_to_most"))
         assert response.revisits == 0 and not any(s.level for s in response.segments)
 
@@ -126,30 +112,17 @@ def test_costs_are_token_exact(env):
     assert read(env, "7 = \\boxed{7}", n=1).segments[0].answer == "7", "alone, without a header"
 
 
-@pytest.mark.parametrize(("words", "answer"), [
-    ("Q1. \\boxed{4} \\boxed{5}", "4"),  # no second guess
-    ("Q1. \\boxed{4", None),  # cut in the box
-    ("Q1. \\boxed{}", None),
-    ("Q1. \\boxed{NA} \\boxed{5}", "NA"),  # a skip is final
-    ("Q1. \\boxed{ \\boxed{5} }", "\\boxed{5}"),
-    (f"Q1. {tag(2)}", None),  # a level's digit is no answer
-    ("5", None)])
-def test_the_first_closed_box_is_the_answer(env, words, answer):
-    assert read(env, words, n=1).segments[0].answer == answer
-
-
-def test_nested_braces():
-    assert boxed(r"so \boxed{\frac{1}{2}} and \boxed{3}") == (r"\frac{1}{2}", 3)
-    assert boxed(r"\boxed{\frac{1}{2}") is None
-
-
-@pytest.mark.parametrize(("words", "level"), [
-    (f"Q1. {tag(2)} {tag(1)} \\boxed{{5}}", 2),  # the first
-    (f"Q1. \\boxed{{5}} {tag(1)}", None),  # after the answer
-    ("Q1. <predicted_level> Level-1", None)])  # never closed
-def test_the_first_tag_before_the_answer_counts(env, words, level):
-    assert read(env, words, n=1).segments[0].level == level
-    assert env.read_segment(9, f"Q1. {tag(4)}").level is None, "there is no such level"
+@pytest.mark.parametrize(("words", "answer", "level"), [
+    ("\\boxed{4} \\boxed{5}", "4", None),  # no second guess
+    ("\\boxed{4", None, None), ("\\boxed{}", None, None), ("5", None, None),
+    ("\\boxed{NA} \\boxed{5}", "NA", None),  # a skip is final
+    (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", None), (r"\boxed{\frac{1}{2}", None, None),
+    (tag(2), None, 2),  # a level's digit is no answer
+    (f"{tag(2)} {tag(1)} \\boxed{{5}}", "5", 2), (f"\\boxed{{5}} {tag(1)}", "5", None),
+    ("<predicted_level> Level-1", None, None), (tag(4), None, None)])
+def test_the_first_closed_box_and_the_first_tag_before_it_count(env, words, answer, level):
+    segment = env.read_segment(9, f"Q1. {words}")
+    assert (segment.answer, segment.level) == (answer, level)
 
 
 def test_a_problem_that_was_left_is_not_read_again(env):
@@ -168,12 +141,10 @@ def test_headers_are_found_in_any_text(env):
     piece = ["Q1.", "Q2.", "Q3.", "7", " mod ", "\n", "≠ é", "<predicted_level>"]
     for _ in range(60):
         words = "".join(rng.choices(piece, weights=[1, 1, 1, 9, 5, 3, 3, 2], k=rng.randint(3, 60)))
-        ids = env.encode(words)
+        ids, costs = env.encode(words), {1: 0, 2: 0, 3: 0}
         ends = [len(decode(ids[: k + 1], skip_special_tokens=True)) for k in range(len(ids))]
-        text = decode(ids, skip_special_tokens=True)
-        headers = [*re.finditer(POCKET.header_pattern, text)]
+        headers = [*re.finditer(POCKET.header_pattern, decode(ids, skip_special_tokens=True))]
         starts = [sum(end <= m.start() for end in ends) for m in headers] + [len(ids)]
-        costs = {1: 0, 2: 0, 3: 0}
         for header, begin, stop in zip(headers, starts, starts[1:], strict=False):
             costs[int(header[1])] += stop - begin
         response = read(env, words)

@@ -13,8 +13,8 @@ from roi_lib.engines.replay import reference_response
 from roi_lib.exams import draw_papers, tag
 from roi_lib.experiments.methods import (
     Comparison,
-    available,
     default_workers,
+    find_methods,
     run_knapsack,
     run_method,
     run_methods,
@@ -140,7 +140,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_sat(refusal, monkeypa
     few = replace(comparison, samples=3)
     assert "give a multiple of 4" in refusal(run_methods, few, ["base", "rational"], [64])
     assert "budget 4 is smaller" in refusal(run_methods, comparison, ["base"], [64, 4], 1)
-    assert available(world) == ["base", "rational"]
+    assert find_methods(world, ["all"]) == ["base", "rational"]
 
 
 def test_processes_are_started_where_they_pay(monkeypatch):

@@ -6,19 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from roi_lib import osmckp
+from roi_lib import osmckp, rational
 from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Exam, draw_papers
-from roi_lib.rational import (
-    Outcomes,
-    check_samples,
-    decision_losses,
-    follow,
-    rational_bounds,
-    sample_outcomes,
-    solve_in_order,
-    solves,
-)
+from roi_lib.rational import Outcomes, rational_bounds
 from roi_lib.worlds import POCKET
 
 SKIP, TAG = 5, 3
@@ -31,10 +22,12 @@ def outcomes(cost, correct=None):
     return Outcomes(cost, correct, family, SKIP, TAG)
 
 
-def luck(rng, papers, attempts, n=3):
-    """Random papers with costs 10 to 80 and right answers in most attempts."""
-    return outcomes(rng.integers(10, 80, (papers, n, attempts)),
-                    rng.random((papers, n, attempts)) < 0.7)
+def luck(seed, papers, attempts):
+    """Random papers with costs 10 to 80, right answers in most attempts, and an order of each."""
+    rng = np.random.default_rng(seed)
+    some = outcomes(rng.integers(10, 80, (papers, 3, attempts)),
+                    rng.random((papers, 3, attempts)) < 0.7)
+    return some, np.tile([2, 0, 1], (papers, 1))
 
 
 def test_one_paper_by_hand():
@@ -78,31 +71,31 @@ def brute_force(cost, right, known, paid, budget):
 
 
 def test_bounds_equal_brute_force():
-    some, place = luck(np.random.default_rng(4), 15, 4), np.tile([2, 0, 1], (15, 1))
-    bounds = rational_bounds(some, {"any": place}, [60, 110], folds=2)
+    some, place = luck(4, 15, 4)
+    bounds, (one, other) = rational_bounds(some, {"any": place}, [60, 110], folds=2), (
+        [1, 3], [0, 2])  # folds are the attempts in turn
     for budget, paper in product([60, 110], range(15)):
         cost, right = some.cost[paper][place[paper]], some.correct[paper][place[paper]]
-        known = [[1, 3], [0, 2]]  # folds are the attempts in turn
-        achievable = np.mean([brute_force(cost, right, a, b, budget)
-                              for a, b in (known, known[::-1])])
-        row = bounds.loc[budget, "any", paper]
-        assert row["achievable"] == pytest.approx(achievable)
-        assert row["plug_in"] == pytest.approx(brute_force(cost, right, range(4), range(4), budget))
+        achievable = [brute_force(cost, right, *folds, budget) for folds in (
+            (one, other), (other, one))]
         best = [osmckp.offline_value([[SKIP, c] for c in cost[:, k]], [[0, r] for r in right[:, k]],
                                      budget) for k in range(4)]
+        row = bounds.loc[budget, "any", paper]
+        assert row["achievable"] == pytest.approx(np.mean(achievable))
+        assert row["plug_in"] == pytest.approx(brute_force(cost, right, range(4), range(4), budget))
         assert row["hindsight"] == pytest.approx(np.mean(best))
 
 
 def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
     """Whatever a test-taker does, over all combinations of the attempts."""
-    rng, papers, budget = np.random.default_rng(7), 20, 90
-    some, place = luck(rng, papers, 3), np.tile([2, 0, 1], (papers, 1))
-    losses = decision_losses(some, place, budget)
+    papers, budget = 20, 90
+    some, place = luck(7, papers, 3)
+    losses = rational.decision_losses(some, place, budget)
     assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
-    classes = some.classes(np.arange(3) >= 0)
-    best = [s.value_function[0, budget] for s in solve_in_order(classes, place, budget)]
     cost, correct = (np.take_along_axis(x, place[:, :, None], 1)
                      for x in (some.cost, some.correct))
+    best = [brute_force(c, r, range(3), range(3), budget)
+            for c, r in zip(cost, correct, strict=True)]
     for tries in product((False, True), repeat=3):
         lost, score = np.zeros(papers), np.zeros(papers)
         for paper, luck_of in product(range(papers), product(range(3), repeat=3)):
@@ -116,54 +109,45 @@ def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
 
 
 def test_policies_are_followed_exactly():
-    some, place = luck(np.random.default_rng(0), 12, 4), np.tile([0, 1, 2], (12, 1))
-    solutions = solve_in_order(some.classes(np.arange(4) >= 0), place, 100)
-    accuracy, skipped, tokens = follow(solves(solutions), some.cost, some.correct, SKIP, 100)
+    some, place = luck(0, 12, 4)
+    solutions = rational.solve_in_order(some.classes(np.arange(4) >= 0), place, 100)
+    cost, correct = some.cost[:, [2, 0, 1]], some.correct[:, [2, 0, 1]]
+    accuracy, skipped, tokens = rational.follow(
+        rational.solves(solutions), cost, correct, SKIP, 100)
     for i, solution in enumerate(solutions):
         whole = osmckp.distribution(solution.instance, solution.policy)
-        assert accuracy[i].sum() == pytest.approx(solution.value_function[0, 100])
         assert accuracy[i].sum() == pytest.approx(whole.mean_score)
         assert tokens[i].sum() == pytest.approx(whole.mean_spent)
     assert ((0 <= skipped) & (skipped <= 1)).all() and skipped.any()
 
 
 def test_the_truth_lies_between_achievable_and_plug_in():
-    """1,000 papers of one kind, whose optimum is known: two attempts a problem tell little."""
+    """1,000 papers of coin flips, whose optimum is known: two attempts a problem tell little."""
     rng, papers, budget = np.random.default_rng(2), 1_000, 60
     p, cheap, dear = [0.5, 0.6], 30, 55  # as likely as each other
     truth = osmckp.solve(osmckp.Instance(budget, [
-        (osmckp.Action("skip", [(1, SKIP, 0)]),
-         osmckp.Action("solve", [(q * h, c, r) for c, h in ((cheap, 0.5), (dear, 0.5))
-                                 for r, q in ((1, right), (0, 1 - right))]))
+        (osmckp.Action("skip", [(1, SKIP, 0)]), osmckp.Action("solve", [
+            (q / 2, c, r) for c in (cheap, dear) for r, q in ((1, right), (0, 1 - right))]))
         for right in p])).value
     shape = (papers, 2, 4)
     drawn = outcomes(np.where(rng.random(shape) < 0.5, cheap, dear),
                      rng.random(shape) < np.array(p)[:, None])
     bound = rational_bounds(drawn, {"any": np.tile([0, 1], (papers, 1))}, [budget], folds=2)
-    error = 3 * bound["achievable"].std() / np.sqrt(papers)
-    mean = bound.mean()
+    mean, error = bound.mean(), 3 * bound["achievable"].std() / np.sqrt(papers)
     assert mean["achievable"] < truth - error / 3 and mean["plug_in"] > truth + error
     assert abs(mean["by_family"] - truth) < error, "papers of one kind: the family tells all"
     assert mean["hindsight"] > mean["plug_in"]
 
 
-def test_folds_must_divide_the_attempts(refusal):
-    place = {"any": np.zeros((1, 1), int)}
-    for folds in (1, 3):
-        assert "4 attempts cannot be divided" in refusal(
-            rational_bounds, outcomes([[[9] * 4]]), place, [50], folds=folds)
-    for samples in (0, 3, 6):
-        assert "give a multiple of 4" in refusal(check_samples, samples)
-
-
-def test_attempts_cost_what_the_answer_costs(env):
+def test_attempts_cost_what_the_answer_costs(env, refusal):
     """Header and answer, without the end-of-sequence; cut attempts take the budget and earn 0."""
     papers = draw_papers(POCKET, 3)
     exams = [Exam((problem,), "easy") for paper in papers for problem in paper]
-    engine = reference_engine(env, exams, [60])
-    found = sample_outcomes(env, engine, papers, 60, samples=2)
+    found = rational.sample_outcomes(env, reference_engine(env, exams, [60]), papers, 60, samples=2)
     words = np.array([[len(env.encode(f"Q1. {p.solution}")) for p in paper] for paper in papers])
     assert (found.cost == np.minimum(words, 60)[:, :, None]).all() and found.cost.max() == 60
     assert (found.correct == (words <= 60)[:, :, None]).all() and found.correct.any()
     assert (found.skip, found.tag) == (SKIP, TAG)
     assert found.family.tolist() == [[p.family for p in paper] for paper in papers]
+    for folds in (1, 4):
+        assert "2 attempts cannot be divided" in refusal(rational_bounds, found, {}, [50], folds)

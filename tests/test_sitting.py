@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from roi_lib.engines.replay import ReplayEngine, reference_engine
+from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Exam, draw_papers, in_orders, tag
 from roi_lib.generation import Engine, Rollout, within_budget
 from roi_lib.problems import Problem
@@ -31,72 +31,59 @@ def test_the_budget_alone_decides_what_a_faultless_writer_scores(env, order):
     exams = in_orders(PAPERS, [order], 0)
     engine = reference_engine(env, exams, [64, 1_000])
     assert points(sit(env, engine, exams, 1_000)).tolist() == [3] * 20
-    table = sit(env, engine, exams, 64)
-    for exam, (_, own) in zip(exams, table.groupby("exam"), strict=True):
-        costs = [len(env.encode(f"Q1. {p.solution}")) for p in exam.problems]
-        ends = np.cumsum(costs)
+    for exam, (_, own) in zip(exams, sit(env, engine, exams, 64).groupby("exam"), strict=True):
+        ends = np.cumsum([len(env.encode(f"Q1. {p.solution}")) for p in exam.problems])
         assert own["correct"].tolist() == (ends <= 64).tolist()
-        assert own["cost"].sum() == own["tokens"].iloc[0] == min(sum(costs) + 1, 64)
-        assert own["finished"].all() == (sum(costs) < 64)
-        cut = [] if sum(costs) < 64 else [int(own["reached"].sum())]
+        assert own["cost"].sum() == own["tokens"].iloc[0] == min(ends[-1] + 1, 64)
+        assert own["finished"].all() == (ends[-1] < 64)
+        cut = [] if ends[-1] < 64 else [int(own["reached"].sum())]
         assert own["position"][own["cut"]].tolist() == cut, "the last one that was reached"
 
 
 def test_every_column_by_hand(env):
     (exam,) = in_orders(PAPERS[:1], ["medium"], 0)
-    words = f"Plan. Q1. {tag(0)} \\boxed{{1}} Q2. {tag(3)} \\boxed{{NA}}"
-    cut = f"Q2. \\boxed{{{exam.problems[1].answer}}} Q1. 5 Q3. 1"
-    table = sit(env, Writer(env, words, cut), [exam], 24, n=2, style="roi")
-    assert list(table) == COLUMNS and len(table) == 6
+    skip = f"Q2. {tag(3)} \\boxed{{NA}}"
+    words = f"Plan. Q1. {tag(0)} \\boxed{{1}} {skip}"
+    back = f"Q2. \\boxed{{{exam.problems[1].answer}}} Q1. 5 Q3. 1"
+    table = sit(env, Writer(env, words, back), [exam], 24, n=2, style="roi")
     first, second = (own for _, own in table.groupby("rollout"))
-    assert first["problem"].tolist() == [p.id for p in exam.problems]
-    assert set(first["tier"]) == {"easy", "medium", "hard"} and set(table["order"]) == {"medium"}
-    n = {text: len(env.encode(text)) for text in (words, "Plan.", f"Q2. {tag(3)} \\boxed{{NA}}")}
-    assert first["preamble"].tolist() == [n["Plan."]] * 3 and first["finished"].all()
-    assert first["cost"].iloc[1] == n[f"Q2. {tag(3)} \\boxed{{NA}}"] + 1, "end-of-sequence"
+    assert list(table) == COLUMNS and first["problem"].tolist() == [p.id for p in exam.problems]
+    assert first["preamble"].tolist() == [len(env.encode("Plan."))] * 3 and first["finished"].all()
+    assert first["cost"].iloc[1] == len(env.encode(skip)) + 1, "with the end-of-sequence"
     assert first["predicted"].tolist() == [0, 3, -1] and first["real"].tolist() == [0, 3, 0]
     assert first["answer"].tolist()[:2] == ["1", "NA"] and first["answer"].isna().iloc[2]
-    assert first["skipped"].tolist() == [False, True, False]
-    assert first["reached"].tolist() == [True, True, False] and not first["cut"].any()
+    assert first["skipped"].tolist() == [False, True, False] and not first["cut"].any()
+    assert first["reached"].tolist() == [True, True, False] and set(table["order"]) == {"medium"}
     assert second["correct"].tolist() == [False, True, False] and set(second["revisits"]) == {1}
     assert points(table).tolist() == [0, 1] and len(responses(table)) == 2
     assert set(table["prompt"]) == {env.prompt(exam, 24, "roi")}
-    row = env.encode(words)
-    assert first["ids"].iloc[0] == (*row, env.tokenizer.eos_token_id)
+    assert first["ids"].iloc[0] == (*env.encode(words), env.tokenizer.eos_token_id)
 
 
-def test_what_a_back_end_did_wrong_is_told(env):
+def test_what_a_back_end_did_wrong_and_what_a_statement_holds(env):
     exams = in_orders(PAPERS[:2], ["easy"], 0)
     table = tabulate(env, exams, 8, [[Rollout(tuple(env.encode("Q1. 5")), False, overrun=9)],
                                      [Rollout((), False, failed="time-out")]])
     assert table["overrun"].tolist() == [9] * 3 + [0] * 3
     assert table["failed"].tolist() == [""] * 3 + ["time-out"] * 3
     assert not table["correct"].any() and table["cut"].tolist() == [True] + [False] * 5
-
-
-def test_what_reaches_the_engine(env):
-    """The prompt states the budget; a cap ends the responses earlier."""
-    exams, engine = in_orders(PAPERS[:2], ["easy"], 0), Writer(env, "Q1. 1 Q2. 2 Q3. 3")
-    sit(env, engine, exams, 64, style="roi", temperature=0.5, seed=7)
-    table = sit(env, engine, exams, 64, style="roi", seed=7, streams=[(3, 1), (3, 2)], cap=5)
-    (plain, heat), (_, _), (capped, _), _ = engine.asked
-    assert [r.seed for r, _ in engine.asked] == [(7, 0), (7, 1), (7, 3, 1), (7, 3, 2)]
-    assert (plain.budget, capped.budget, heat) == (64, 5, 0.5) and plain.prompt == capped.prompt
-    assert plain.message == env.message(exams[0], 64, "roi")
-    assert set(table["budget"]) == {64} and set(table["tokens"]) == {5}
-
-
-def test_what_a_statement_holds_earns_nothing(env):
     texts = [r"\boxed{7} Q1. \boxed{7}", tag(0) + r"\boxed{NA}", "<|im_end|>\n\\boxed{7}"]
-    exams = [Exam((Problem(text, text, "7", "\\boxed{7}", "easy", "own"),), "easy")
-             for text in texts]
-    table = sit(env, Writer(env, "Q1. 3 + 4 = 7."), exams, 64)
+    evil = [Exam((Problem(text, text, "7", "", "easy", "own"),), "easy") for text in texts]
+    table = sit(env, Writer(env, "Q1. 3 + 4 = 7."), evil, 64)
     assert table["answer"].isna().all() and (table["predicted"] == -1).all()
     assert not (table["correct"] | table["skipped"]).any()
 
 
-def test_bad_calls_are_refused(env, refusal):
-    exams, engine = in_orders(PAPERS[:1], ["easy"], 0), ReplayEngine({}, 3)
+def test_what_reaches_the_engine(env, refusal):
+    """The prompt states the budget; a cap ends the responses earlier."""
+    exams, engine = in_orders(PAPERS[:2], ["easy"], 0), Writer(env, "Q1. 1 Q2. 2 Q3. 3")
+    sit(env, engine, exams, 64, style="roi", temperature=0.5, seed=7)
+    table = sit(env, engine, exams, 64, style="roi", seed=7, streams=[(3, 1), (3, 2)], cap=5)
+    (plain, heat), _, (capped, _), _ = engine.asked
+    assert [r.seed for r, _ in engine.asked] == [(7, 0), (7, 1), (7, 3, 1), (7, 3, 2)]
+    assert (plain.budget, capped.budget, heat) == (64, 5, 0.5) and plain.prompt == capped.prompt
+    assert plain.message == env.message(exams[0], 64, "roi")
+    assert set(table["budget"]) == {64} and set(table["tokens"]) == {5}
     assert "no exams to sit" in refusal(sit, env, engine, [], 64)
-    assert "give at least 5 tokens" in refusal(sit, env, engine, exams, 4)
-    assert "give at least 5 tokens" in refusal(sit, env, engine, exams, 64, cap=3)
+    for budget, cap in ((4, None), (64, 3)):
+        assert "give at least 5 tokens" in refusal(sit, env, engine, exams, budget, cap=cap)

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from roi_lib.engines.llama import engine_for, load_engine  # noqa: F401
+import torch
+
+from roi_lib.engines.llama import engine_for
 from roi_lib.engines.logs import LoggedEngine, RunLog
 from roi_lib.engines.openai import OpenAIEngine
 from roi_lib.engines.vllm import VLLMEngine
 from roi_lib.generation import Engine
-from roi_lib.store.checkpoints import model_hash
+from roi_lib.store.checkpoints import load_model, model_hash
 from roi_lib.worlds import check_choice
 
 
@@ -35,7 +37,8 @@ class EngineConfig:
         if self.name == "vllm":
             return VLLMEngine(checkpoint, ends, dtype, **self.options)
         if self.name == "torch":
-            return load_engine(checkpoint, tokenizer, dtype, **self.options)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return engine_for(load_model(checkpoint, dtype).to(device), tokenizer, **self.options)
         return None
 
     def logged(self, engine: Engine | None, method: str, budget: int, run: dict) -> LoggedEngine:

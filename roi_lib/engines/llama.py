@@ -1,10 +1,5 @@
 """Faster decoding for models built like Llama (Llama and Qwen2): same tokens, same interface.
 
-    rotate, normalize, forward   the forward pass, with an attention of one's own
-    LlamaDecoder                 rows of one batch, which share the keys and values of their prompts
-    LlamaEngine                  `TorchEngine` with this decoder
-    engine_for, load_engine      the one of the two that a model needs
-
 A decoding step of a small model is bound by memory: it reads the keys and values of everything
 before, in each layer. What makes it fast is what need not be read, copied or allocated.
 """
@@ -16,15 +11,10 @@ from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from roi_lib.generation import TorchEngine
-from roi_lib.store.checkpoints import load_model
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of Llama's kind: the halves of a head are the two coordinates.
-
-    Args:
-        x: [rows, tokens, heads, head_dim].
-    """
+    """Rotary position embedding as in Llama, of [rows, tokens, heads, head_dim], half by half."""
     half = x.shape[-1] // 2
     rotated = x * cos
     rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -39,20 +29,10 @@ def normalize(norm, x: torch.Tensor) -> torch.Tensor:
 
 def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
             last: torch.Tensor) -> torch.Tensor:
-    """The forward pass of models built like Llama, with an attention of one's own.
-
-    The projections are the model's own modules, so new weights and adapters count at once.
-
-    Args:
-        ids, position: token ids and their positions, [rows, tokens].
-        attend: of the number of a layer, its scaled queries, its keys and values, all [rows,
-            tokens, heads, head_dim]; returns what the queries gather.
-        last: the column of each row's last token, [rows]; only its logits are wanted, so in the
-            last layer no others go further than attention.
-
-    Returns:
-        Logits, [rows, vocabulary].
-    """
+    """Logits [rows, vocabulary] after the tokens in the columns `last` [rows], from token ids and
+    their positions [rows, tokens], with the model's own modules: new weights and adapters count.
+    `attend(layer, queries, keys, values)`, all [rows, tokens, heads, head_dim] and the queries
+    scaled, returns what the queries gather."""
     body, head = model.get_decoder(), model.get_output_embeddings()
     x = body.embed_tokens(ids)
     cos, sin = (t[:, :, None] for t in body.rotary_emb(x, position))
@@ -63,7 +43,7 @@ def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
         query, key, value = (project(y).unflatten(-1, (-1, size)) for project in (
             attention.q_proj, attention.k_proj, attention.v_proj))
         mixed = attend(i, rotate(query, *scaled), rotate(key, cos, sin), value).flatten(2)
-        if i == len(body.layers) - 1:
+        if i == len(body.layers) - 1:  # no other token's logits are wanted
             rows = torch.arange(len(x), device=x.device)
             x, mixed = x[rows, last], mixed[rows, last]
         x = x + attention.o_proj(mixed)
@@ -71,79 +51,60 @@ def forward(model, ids: torch.Tensor, position: torch.Tensor, attend: Callable,
     return head(normalize(body.norm, x))
 
 
-def read_prompts(model, prompts: Sequence[tuple[int, ...]], pad_id: int) -> tuple:
-    """Read prompts in one pass, padded on the right, where causal attention never looks.
-
-    Returns:
-        Logits after each prompt, [prompts, vocabulary], and for each prompt its keys and values:
-        a pair a layer, [heads, tokens, head_dim].
-    """
-    lengths = [len(prompt) for prompt in prompts]
+def read_prompts(model, prompts: Sequence[tuple[int, ...]], width: int, pad_id: int) -> tuple:
+    """Logits after each prompt, [prompts, vocabulary], and a pair of keys and values for each
+    layer, [prompts, width, heads, head_dim]; prompts are padded on the right, where causal
+    attention never looks."""
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True,
                        padding_value=pad_id).to(model.device)
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
     cache = []
 
     def attend(_, query, key, value):
+        cache.append([pad(t, (0, 0, 0, 0, 0, width - ids.shape[1])) for t in (key, value)])
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        cache.append((key, value))
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0,
                                              enable_gqa=query.shape[1] != key.shape[1])
         return mixed.transpose(1, 2)
 
-    logits = forward(model, ids, position, attend, torch.tensor(lengths, device=ids.device) - 1)
-    return logits, [[(key[i, :, :n], value[i, :, :n]) for key, value in cache]
-                    for i, n in enumerate(lengths)]
+    return forward(model, ids, position, attend, last), cache
 
 
 class LlamaDecoder:
     """Rows of one batch with a forward of our own; arguments and `logits` as in `CachedDecoder`.
 
-    - Rows of one prompt read one copy of its keys and values. They form *prompt groups* of equally
-      many slots, so that the queries of a group meet its prompt in one matrix product. A slot that
-      stays empty repeats another row of its group, and nobody looks at its result.
-    - The responses' keys and values lie in memory without gaps, [heads, slots, tokens, head_dim].
-      There is room for a few tokens more, hidden until they come; then it is enlarged. In a buffer
-      of the final size each row is followed by unused space, and where all of it exceeds the
-      processor's caches, reading across these gaps costs far more than what is copied here.
+    - Rows of one prompt form *prompt groups* of equally many slots, whose queries meet one copy of
+      its keys and values in one matrix product. A slot that stays empty repeats another row of its
+      group, and nobody looks at its result.
+    - The responses' keys and values, [heads, slots, tokens, head_dim], have hidden room for a few
+      tokens more, and are copied where it is used up. A buffer of the final size has long gaps:
+      once it exceeds the processor's caches, reading across these costs more than the copies.
     """
 
-    #: Prompt tokens read at a time: few enough for a processor's caches.
-    READ_TOKENS = 2_048
-    #: Slots are at most this many times the rows.
-    SLOTS_PER_ROW = 1.125
-    #: Tokens by which the room for responses grows.
-    GROWTH = 32
+    READ_TOKENS = 2_048  # prompt tokens read at a time: few enough for a processor's caches
+    SLOTS_PER_ROW = 1.125  # slots are at most this many times the rows
+    GROWTH = 32  # tokens by which the room for responses grows
 
     def __init__(self, model, prompts: Sequence[tuple[int, ...]], longest: int, pad_id: int):
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         source = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
         distinct, self.width = list(place), max(map(len, place))
         at_once = max(1, self.READ_TOKENS // self.width)
-        read = [read_prompts(model, distinct[i : i + at_once], pad_id)
-                for i in range(0, len(distinct), at_once)]
+        logits, caches = zip(*(read_prompts(model, distinct[i : i + at_once], self.width, pad_id)
+                               for i in range(0, len(distinct), at_once)), strict=True)
         self.model, self.longest, self.filled = model, longest, 0
-        self.logits = torch.cat([logits for logits, _ in read])[source]
+        self.logits = torch.cat(logits)[source]
         self._arrange(source)
         length = torch.tensor(list(map(len, distinct)), device=source.device)
         self.position = length[source[self.row]]
         hidden = torch.arange(self.width, device=source.device) >= length[self.group][:, None]
-        self.bias = torch.zeros(hidden.shape, dtype=model.dtype, device=source.device)
-        self.bias = self.bias.masked_fill_(hidden, -torch.inf)[:, None]
-        caches = [cache for _, some in read for cache in some]
-        self.prompts = [[self._side_by_side([pair[i] for pair in layer]) for i in (0, 1)]
+        self.bias = torch.where(hidden, -torch.inf, 0.0).to(model.dtype)[:, None]
+        self.prompts = [[torch.cat(tensors).permute(2, 0, 1, 3).index_select(1, self.group)
+                         for tensors in zip(*layer, strict=True)]  # [heads, groups, width, size]
                         for layer in zip(*caches, strict=True)]
         self.own = [[tensor.new_empty(len(tensor), len(self.row), 0, tensor.shape[-1])
                      for tensor in layer] for layer in self.prompts]
-
-    def _side_by_side(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What all prompts have of a layer, [heads, tokens, head_dim] each, in one tensor,
-        [heads, groups, width, head_dim]."""
-        heads, _, size = tensors[0].shape
-        target = tensors[0].new_zeros(heads, len(self.group), self.width, size)
-        for i, prompt in enumerate(self.group.tolist()):
-            target[:, i, : tensors[prompt].shape[1]] = tensors[prompt]
-        return target
 
     def _arrange(self, source: torch.Tensor) -> None:
         """Give rows of these prompts, [rows], their slots: sets the prompt of each group, the row
@@ -194,11 +155,10 @@ class LlamaDecoder:
 
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone, in this sequence; a row may come several times."""
-        slot = self.slot[rows]  # where they lie until now
-        place = {prompt: i for i, prompt in enumerate(self.group.tolist())}
+        lay, slots = self.slot[rows], len(self.row) // len(self.group)  # where they lie until now
         self._arrange(self.source[rows])
-        group = torch.tensor([place[prompt] for prompt in self.group.tolist()], device=rows.device)
-        slot = slot[self.row]
+        slot = lay[self.row]
+        group = slot[:: len(slot) // len(self.group)] // slots
         self.position, self.bias = self.position[slot], self.bias[group]
         for places, layers in ((group, self.prompts), (slot, self.own)):
             for layer in layers:
@@ -209,23 +169,15 @@ class LlamaEngine(TorchEngine):
     """`TorchEngine` for models built like Llama, several times faster on a processor."""
 
     Decoder = LlamaDecoder
-    #: `config.model_type` of the architectures whose layers `forward` computes.
-    ARCHITECTURES = ("llama", "qwen2")
 
     @classmethod
     def fits(cls, config) -> bool:
         """Whether `forward` is that of the model: known layers, no sliding window."""
         layers = getattr(config, "layer_types", None) or ["full_attention"]
-        return config.model_type in cls.ARCHITECTURES and set(layers) == {"full_attention"}
+        return config.model_type in ("llama", "qwen2") and set(layers) == {"full_attention"}
 
 
 def engine_for(model, tokenizer, **options) -> TorchEngine:
     """The torch engine of a model: a `LlamaEngine` where it fits."""
     kind = LlamaEngine if LlamaEngine.fits(model.config) else TorchEngine
     return kind.of(model, tokenizer, **options)
-
-
-def load_engine(checkpoint: str, tokenizer, dtype: str, **options) -> TorchEngine:
-    """The same of a checkpoint, on a GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return engine_for(load_model(checkpoint, dtype).to(device), tokenizer, **options)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream
 
-#: A progress bar comes only when a run takes long [s], and changes seldom.
-BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}
+BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
 
 
 def request_key(request: Request, temperature: float) -> str:
@@ -31,26 +30,17 @@ def request_key(request: Request, temperature: float) -> str:
 
 
 class RunLog:
-    """One log file. Rows whose request failed are not kept: they will be asked again.
-
-    Args:
-        path: continued if it exists; None: the log is kept in memory alone.
-        header: what the run is, JSON-ready; to read a log, a tuple of values that will do.
-
-    Raises:
-        ValueError: a log of another run, or a bad line, with file and line.
-    """
+    """One log file, continued if it exists; without a path, a log in memory. `header` says what the
+    run is, JSON-ready: world, model, seed, the tokenizer's name where one is given and so on; to
+    read a log, a value may be a tuple of those that will do. `ValueError`: the log of another run,
+    or a bad line, with file and line."""
 
     def __init__(self, path: Path | None, header: dict) -> None:
         self.path, self.header = path, header
         self.rows: dict[str, list[Rollout]] = {}
-        if path and path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n") if path and path.exists() else [b""]
         if lines.pop():
-            warnings.warn(f"{self.path}, line {len(lines) + 1}: cut short; dropped", stacklevel=4)
+            warnings.warn(f"{path}, line {len(lines) + 1}: cut short; dropped", stacklevel=3)
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -60,12 +50,12 @@ class RunLog:
                     continue
                 found = dict(row["run"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}: not a line of a run log "
-                                 f"({error}); remove the line or the file") from error
-            for key, value in self.header.items():
+                raise ValueError(f"{path}, line {number}: not a line of a run log ({error}); "
+                                 "remove the line or the file") from error
+            for key, value in header.items():
                 wanted = value if isinstance(value, tuple) else (value,)
                 if found.get(key) not in wanted:
-                    raise ValueError(f"{self.path} is the log of another run: its {key} is "
+                    raise ValueError(f"{path} is the log of another run: its {key} is "
                                      f"{found.get(key)!r}, not {wanted[0]!r}; name another folder")
 
     @contextmanager
@@ -82,7 +72,8 @@ class RunLog:
                              "another folder with --log") from error
 
     def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts of one request; on disk when this returns. Needs `writing`."""
+        """Keep the rollouts of one request, on disk when this returns, but not those of a failed
+        one: it will be asked again. Needs `writing`."""
         if any(r.failed for r in rollouts):
             return
         self.rows[key] = list(rollouts)
@@ -94,13 +85,9 @@ class RunLog:
 
 
 class LoggedEngine(Engine):
-    """An engine that looks into a log first, and keeps there what it has to make.
-
-    Args:
-        engine: makes what the log does not hold; None: everything must be in the log (a replay).
-        log: the log; None for one in memory, so that equal requests are answered once.
-        progress: what a bar on standard error calls the run, if it takes long; None for no bar.
-    """
+    """An engine that looks into a log first, and keeps there what it has to make; None for one that
+    makes nothing (a replay). Without a log, one in memory: equal requests are answered once.
+    `progress` names the run on a bar on standard error, if it takes long; None for no bar."""
 
     def __init__(self, engine: Engine | None, log: RunLog | None = None,
                  progress: str | None = None) -> None:

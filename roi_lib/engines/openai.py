@@ -16,23 +16,14 @@ from roi_lib.worlds import check_choice
 
 @dataclass
 class Usage:
-    """What a server was asked for and what it charged, summed over one run.
+    """What a server was asked for and what it charged, summed over one run."""
 
-    Attributes:
-        responses: good ones.
-        failed: requests given up after all retries.
-        retries: requests sent again.
-        overrun: tokens sent beyond the budget.
-        tokens_in: prompt tokens, as the server counts them.
-        tokens_out: response tokens, as the server counts them (hidden reasoning included).
-    """
-
-    responses: int = 0
-    failed: int = 0
-    retries: int = 0
-    overrun: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
+    responses: int = 0  # good ones
+    failed: int = 0  # requests given up after all retries
+    retries: int = 0  # requests sent again
+    overrun: int = 0  # tokens sent beyond the budget
+    tokens_in: int = 0  # prompt tokens, as the server counts them
+    tokens_out: int = 0  # response tokens, as the server counts them (hidden reasoning included)
 
     def report(self, price_in: float = 0.0, price_out: float = 0.0) -> str:
         """One line: counts, and the cost for prices per million tokens."""
@@ -46,61 +37,45 @@ class BadAnswer(ValueError):
     """A server's reply that holds no response: empty choice, malformed JSON, ids missing."""
 
 
-def server_key(variable: str, base_url: str | None) -> str:
-    """The API key, from the environment alone, or a `ValueError`; a server on this machine needs
-    none."""
-    host = urlsplit(base_url).hostname if base_url else None
-    local = host in ("127.0.0.1", "localhost", "::1")
-    key = os.environ.get(variable, "none" if local else "")
-    if not key:
-        raise ValueError(f"the API key is read from the environment; set {variable}")
-    return key
-
-
 class OpenAIEngine(Engine):
     """Any OpenAI-compatible server. A request that fails for good is marked; the run goes on.
 
-    `api="completions"` sends prompts as token ids and needs ids back (`return_token_ids`): a vLLM
-    server does that, and the count is exact. `api="chat"` is for servers that take messages and
-    give text (GPT-4o-mini, DeepSeek): the text is encoded once with the world's tokenizer, and
-    *these* ids are charged, so that every method pays in the same coin; the server's own count is
-    what `usage` reports, and where it is above the budget, the excess is flagged as overrun.
-
-    Args:
-        model: the name under which the server knows it.
-        tokenizer: the model's (completions) or the world's (chat).
-        eos_ids: token ids that end a response.
-        base_url: None for the client's default.
-        api: "completions" or "chat".
-        key_variable: environment variable that holds the API key.
-        concurrency: requests under way at a time.
-        retries: further tries after a time-out, 408, 409, 429, 5xx, lost connection or bad reply.
-        timeout: seconds before a try is given up.
-        backoff: seconds before the first retry; doubled each time, 30 at most.
-
-    Raises:
-        ValueError: unknown api, no API key, or an address or proxy that the client cannot use.
+    `api="completions"` sends token ids and needs ids back, as a vLLM server gives them: the count
+    is exact. `api="chat"` is for servers that take messages and give text (GPT-4o-mini, DeepSeek):
+    the text is encoded once with the world's tokenizer, and *these* ids are charged, so that every
+    method pays in the same coin; `usage` has the server's own count, and where that is above the
+    budget, the excess is flagged as overrun. `ValueError`: unknown api, no API key, bad address.
     """
 
-    def __init__(self, model: str, tokenizer, eos_ids: Sequence[int], base_url: str | None = None,
-                 api: str = "completions", key_variable: str = "OPENAI_API_KEY",
-                 concurrency: int = 8, retries: int = 4, timeout: float = 120.0,
-                 backoff: float = 1.0) -> None:
+    def __init__(
+        self, model: str,  # the name under which the server knows it
+        tokenizer,  # the model's (completions) or the world's (chat)
+        eos_ids: Sequence[int],  # token ids that end a response
+        base_url: str | None = None,  # the client's default
+        api: str = "completions",  # or "chat"
+        key_variable: str = "OPENAI_API_KEY",  # of the environment: it holds the API key
+        concurrency: int = 8,  # requests under way at a time
+        retries: int = 4,  # after a time-out, 408, 409, 429, 5xx, lost connection or bad reply
+        timeout: float = 120.0,  # seconds before a try is given up
+        backoff: float = 1.0,  # seconds before the first retry; doubled each time, 30 at most
+    ) -> None:
         import httpx
         import openai
 
         check_choice("api", api, ("completions", "chat"))
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, sorted(set(eos_ids))
         self.api, self.concurrency, self.retries, self.backoff = api, concurrency, retries, backoff
-        self._key, self.usage = server_key(key_variable, base_url), Usage()
+        local = urlsplit(base_url or "").hostname in ("127.0.0.1", "localhost", "::1")
+        self._key, self.usage = os.environ.get(key_variable) or "none" * local, Usage()
+        if not self._key:  # which a server on this machine does not need
+            raise ValueError(f"the API key is read from the environment; set {key_variable}")
         try:
-            # The client's own retries are off: it does not know an empty choice for a failure.
             self.client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout,
-                                        max_retries=0)
+                                        max_retries=0)  # it takes an empty choice for a success
         except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise ValueError(
-                f"the client cannot use this address or the proxy of the environment ({error}); "
-                "mend --base-url, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY") from error
+            raise ValueError("the client cannot use this address or the proxy of the environment "
+                             f"({error}); mend --base-url, or unset ALL_PROXY, HTTPS_PROXY and "
+                             "HTTP_PROXY") from error
 
     def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
         """See `Engine`; `ValueError`: the server refuses a request (key, model, parameters)."""
@@ -127,33 +102,25 @@ class OpenAIEngine(Engine):
             try:
                 return self._reply(request, k, temperature, attempt)
             except openai.APIStatusError as error:
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    raise ValueError(self._refusal(error)) from None
-                reason = f"HTTP {error.status_code}"
-                wait = error.response.headers.get("retry-after")
+                status, wait = error.status_code, error.response.headers.get("retry-after")
+                reason = f"HTTP {status}"
+                if status in (401, 403):
+                    raise ValueError(f"the server refused the API key ({reason})") from None
+                if status not in (408, 409, 429) and status < 500:
+                    told = error.message.replace(self._key, "***")[:300]
+                    raise ValueError(f"the server refused a request ({reason}): {told}; see "
+                                     "--model, --base-url and --api") from None
             # The client lets a reply that is no JSON, or none of the right shape, through as is.
             except (openai.APIError, json.JSONDecodeError, BadAnswer) as error:
                 reason, wait = f"{type(error).__name__}: {error}", None
             if attempt < self.retries:
                 seconds = float(wait) if wait and wait.isdigit() else self.backoff * 2**attempt
                 time.sleep(min(seconds, 30.0))
-        failure = Rollout((), False, failed=self._without_key(reason))
+        failure = Rollout((), False, failed=reason.replace(self._key, "***")[:300])
         return failure, Usage(failed=1, retries=self.retries)
 
-    def _without_key(self, words: str) -> str:
-        return words.replace(self._key, "***")[:300]
-
-    def _refusal(self, error) -> str:
-        """One sentence for a status that no retry mends."""
-        if error.status_code in (401, 403):
-            return f"the server refused the API key (HTTP {error.status_code})"
-        return self._without_key(f"the server refused a request (HTTP {error.status_code}): "
-                                 f"{error.message}; see --model, --base-url and --api")
-
-    def _reply(self, request: Request, k: int, temperature: float,
-               retries: int) -> tuple[Rollout, Usage]:
-        """One try."""
-        # A server may take other defaults from the model's generation config.
+    def _reply(self, request: Request, k: int, temperature: float, retries: int) -> tuple:
+        """One try. A server may take defaults from the model's generation config: none is left."""
         options = {"model": self.model, "max_tokens": request.budget, "temperature": temperature,
                    "top_p": 1.0, "seed": stream_seed(request, k)}
         if self.api == "chat":
@@ -164,25 +131,23 @@ class OpenAIEngine(Engine):
                 prompt=list(request.prompt), **options,
                 extra_body={"return_token_ids": True, "stop_token_ids": self.eos_ids, "top_k": 0,
                             "repetition_penalty": 1.0})
-        choices = getattr(reply, "choices", None)
-        if not choices:
+        if not getattr(reply, "choices", None):
             raise BadAnswer("the reply has no choice")
-        ids = self._chat_ids(choices[0]) if self.api == "chat" else self._token_ids(choices[0])
-        rollout, charged = within_budget(ids, request.budget, self.eos_ids), reply.usage
+        ids, charged = self._ids(reply.choices[0]), reply.usage
+        rollout = within_budget(ids, request.budget, self.eos_ids)
         tokens_in = charged.prompt_tokens if charged else len(request.prompt)
         tokens_out = charged.completion_tokens if charged else len(ids)
         excess = max(rollout.overrun, tokens_out - request.budget)
         return replace(rollout, overrun=excess), Usage(1, 0, retries, excess, tokens_in, tokens_out)
 
-    def _token_ids(self, choice) -> list[int]:
-        ids = getattr(choice, "token_ids", None)
-        if not ids:
+    def _ids(self, choice) -> list[int]:
+        """The token ids of a choice: as sent, or of its text."""
+        if self.api == "completions":
+            if ids := getattr(choice, "token_ids", None):
+                return ids
             raise BadAnswer("the reply has no token ids (vLLM gives them; others need --api chat)")
-        return ids
-
-    def _chat_ids(self, choice) -> list[int]:
-        text = choice.message.content if choice.message else None
-        if not text:
+        if not (choice.message and choice.message.content):
             raise BadAnswer("the reply has no text")
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = self.tokenizer(choice.message.content, add_special_tokens=False,
+                             split_special_tokens=True).input_ids
         return ids + [self.eos_ids[0]] * (choice.finish_reason == "stop")

@@ -1,10 +1,5 @@
-"""Replays: responses that exist already, under the same hard budget.
-
-    reference_response   the worked solutions of an exam, as a faultless writer would write them
-    ReplayEngine         plays back given responses
-    reference_engine     one that plays back the reference solutions: its Score is what the budget
-                         alone costs
-"""
+"""Replays of responses that exist already, under the same hard budget. Of the reference solutions:
+their Score is what the budget alone costs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -18,23 +13,17 @@ from roi_lib.worlds import SKIP_ANSWER, World
 def reference_response(
     world: World, problems: Sequence[Problem], style: str = "direct", skip: Sequence[bool] = ()
 ) -> str:
-    """The worked solutions in order, under their headers; what a faultless writer would write.
-
-    Plan-and-Solve opens with a plan of all problems, Least-to-Most with a rating of each; both
-    cost tokens like any other.
-
-    Args:
-        skip: one flag a problem; where it is set, a skip stands in for the solution.
-    """
+    """The worked solutions in order, under their headers, as a faultless writer would write them;
+    where a problem's flag in `skip` is set, a skip instead. Plan-and-Solve opens with a plan of all
+    problems, Least-to-Most with a rating of each; both cost tokens like any other."""
     headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
-    names = [header.strip("#. ") for header in headers]  # to be taken for no header
+    opening = {"plan_and_solve": ("Plan", [p.plan or "solve" for p in problems]),
+               "least_to_most": ("Rating", [p.tier for p in problems])}
     parts = []
-    if style == "plan_and_solve":
-        plans = [f"{name} {p.plan or 'solve'}" for name, p in zip(names, problems, strict=True)]
-        parts.append(f"Plan: {'; '.join(plans)}.")
-    if style == "least_to_most":
-        ratings = [f"{name} {p.tier}" for name, p in zip(names, problems, strict=True)]
-        parts.append(f"Rating: {'; '.join(ratings)}.")
+    if style in opening:
+        title, words = opening[style]  # `Q1` without its dot is taken for no header
+        notes = [f"{h.strip('#. ')} {word}" for h, word in zip(headers, words, strict=True)]
+        parts.append(f"{title}: {'; '.join(notes)}.")
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
         words = f"\\boxed{{{SKIP_ANSWER}}}" if skipped else p.solution
         parts.append(f"{header}\n{words}")
@@ -42,12 +31,8 @@ def reference_response(
 
 
 class ReplayEngine(Engine):
-    """Plays back responses that exist already, under the same hard budget.
-
-    Args:
-        responses: prompt as token ids -> response as token ids, without end-of-sequence.
-        eos_id: the end-of-sequence id that closes each response, charged as usual.
-    """
+    """Plays back `responses`, prompt -> response as token ids, under the same hard budget; `eos_id`
+    closes each, and is charged as usual."""
 
     def __init__(self, responses: Mapping[tuple[int, ...], Sequence[int]], eos_id: int) -> None:
         self.responses, self.eos_id = responses, eos_id
@@ -63,9 +48,7 @@ def reference_engine(
     env: Environment, exams: Sequence[Exam], budgets: Sequence[int], style: str = "direct"
 ) -> ReplayEngine:
     """An engine that writes out the reference solutions of these exams under these budgets."""
-    words = [reference_response(env.world, exam.problems, style) for exam in exams]
-    answers = env.encode_data(words)
-    prompts = env.prompts([env.message(exam, budget, style)
-                           for exam in exams for budget in budgets])
+    answers = env.encode_data([reference_response(env.world, e.problems, style) for e in exams])
+    prompts = env.prompts([env.message(e, budget, style) for e in exams for budget in budgets])
     known = [ids for ids in answers for _ in budgets]
     return ReplayEngine(dict(zip(prompts, known, strict=True)), env.tokenizer.eos_token_id)

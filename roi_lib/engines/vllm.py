@@ -25,20 +25,16 @@ def stream_seed(request: Request, k: int) -> int:
 
 class VLLMEngine(Engine):
     """vLLM's offline engine. Every rollout is a request of its own, with its own seed and budget.
+    Greedy tokens are the torch engine's, but for ties within rounding; sampled ones are not, for
+    its random numbers are others. `ModuleNotFoundError`: not installed; it says how."""
 
-    Greedy tokens are those of the torch engine, but for ties within rounding; sampled ones are not:
-    its random numbers are others. `ModuleNotFoundError`: not installed; it says how.
-
-    Args:
-        model: a folder, a name below `data/`, or a hub id.
-        eos_ids: token ids that end a response, besides those of the model's generation config.
-        dtype: "auto" for what the checkpoint holds; for "float64", which vLLM lacks, float32.
-        max_length: longest prompt and response together, in tokens; None: what the model takes.
-        chunk: requests handed over at a time; between chunks a run can be interrupted and logged.
-    """
-
-    def __init__(self, model: str, eos_ids: Sequence[int], dtype: str = "auto",
-                 max_length: int | None = None, chunk: int = 256) -> None:
+    def __init__(
+        self, model: str,  # a folder, a name below `data/`, or a hub id
+        eos_ids: Sequence[int],  # end a response, besides those of the model's generation config
+        dtype: str = "auto",  # what the checkpoint holds; for float64, which vLLM lacks, float32
+        max_length: int | None = None,  # of prompt and response, in tokens; the model's own
+        chunk: int = 256,  # requests at a time; in between, a run is logged, and may be interrupted
+    ) -> None:
         if not vllm_installed():
             raise ModuleNotFoundError(INSTALL_VLLM)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its own default takes half

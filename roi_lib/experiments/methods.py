@@ -1,14 +1,11 @@
-"""Methods: who takes the exams, with which engine, and what comes back.
-
-    Comparison                what the methods share: papers, seed, temperature, engine
-    run_methods, run_method   several side by side on the cores; one, under some budgets
-    Results                   every problem sat, the rational bounds, what else there is to say
+"""Methods: who takes the exams (`Comparison`, `run_methods`), and what comes back (`Results`).
 
 Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone; a
 level stands for a cost; the cheapest problems are chosen while the sum fits the budget, and sat.
 """
 
 import os
+from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -87,17 +84,23 @@ class Results:
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
         """Several as one, in their sequence."""
-        outcomes = next((p.outcomes for p in parts if p.outcomes), None)
         return cls(pd.concat([p.table for p in parts], ignore_index=True),
-                   pd.concat([p.bounds for p in parts]), outcomes,
-                   {k: v for p in parts for k, v in p.facts.items()},
-                   {k: v for p in parts for k, v in p.usage.items()})
+                   pd.concat([p.bounds for p in parts]),
+                   next((p.outcomes for p in parts if p.outcomes), None),
+                   dict(ChainMap(*(p.facts for p in parts))),
+                   dict(ChainMap(*(p.usage for p in parts))))
 
 
-def available(world: World) -> list[str]:
-    """The world's methods with a model whose checkpoint is on this machine."""
-    return [name for name, method in world.methods.items()
+def find_methods(world: World, names: Sequence[str]) -> list[str]:
+    """The world's methods of these names; "all": every one whose checkpoint is on this machine."""
+    here = [name for name, method in world.methods.items()
             if method.checkpoint and locate(method.checkpoint)]
+    for name in set(names) - {"all"}:
+        world.method(name)
+    if "all" in names and not here:
+        raise ValueError(f"no method of the world {world.name} has its checkpoint on this machine; "
+                         "name methods whose checkpoints the hub has, such as --methods base")
+    return [name for word in names for name in (here if word == "all" else [word])]
 
 
 def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
@@ -127,10 +130,8 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
                    usage=usage)
 
 
-def run_methods(
-    comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
-    workers: int | None = None,
-) -> Results:
+def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
+                workers: int | None = None) -> Results:
     """All methods under all budgets, in the order of the names; see `run_method`.
 
     What the `workers`, processes with their share of the cores, return does not depend on their
@@ -235,10 +236,8 @@ def run_knapsack(comparison: Comparison, method: Method, env: Environment, engin
         "unread_levels": float(unread.mean())}
 
 
-def whole_papers(
-    env: Environment, exams: Sequence[Exam], budget: int, levels: np.ndarray,
-    parts: Sequence[pd.DataFrame], charges: np.ndarray,
-) -> pd.DataFrame:
+def whole_papers(env: Environment, exams: Sequence[Exam], budget: int, levels: np.ndarray,
+                 parts: Sequence[pd.DataFrame], charges: np.ndarray) -> pd.DataFrame:
     """Tables of the problems chosen, as one of the whole papers; the others are skipped. What is
     charged for the prediction pass, one number an exam, is the response's preamble."""
     key, nothing = ["exam", "problem"], [[Rollout((), True)]] * len(exams)

@@ -1,10 +1,7 @@
 """The moment at which a run of RARL learns to skip: the models it kept, side by side.
 
-    find_snapshots    step -> folder of the models that a run kept (`RARLRecipe.snapshots`)
-    find_example      the exam that is shown: a rule that looks at the first model only
-    skip_routes       how probable it is, exactly, that a response opens with a skip
-    hard_problems     what the model does with hard problems, by budget and position
-    snapshot_report   all of it, for every snapshot
+`snapshot_report` looks at one exam, how probable a skip is at its opening, and what becomes of the
+hard problems of many exams, for every model that a run kept (`RARLRecipe.snapshots`).
 """
 
 import json

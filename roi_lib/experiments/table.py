@@ -1,18 +1,12 @@
 """The main table: records of a comparison, how they are shown, and the rollouts behind them.
 
-    make_records      a row for each method, budget and order: Score, Regret and all else
-    show_order        one order, a row a method, budgets side by side
-    save_comparison   records and rollouts as a folder that is small enough to keep
-    load_rollouts, load_bounds, load_outcomes    what lies in such a folder
-
     papers.json       ids and seed of the papers (`store.papers`)
-    records.csv       the records
+    records.csv       a row for each method, budget and order (`make_records`)
     METHOD.parquet    a row a problem sat (`sitting`'s table); token ids of the first papers only
     bounds.parquet    the rational test-taker (`rational.rational_bounds`)
     outcomes.parquet  the attempts behind it, a row an attempt
-    manifest.json     sizes and hashes of these
 
-`python -m roi_lib exam ... --save FOLDER` writes it; the same command remakes it.
+`python -m roi_lib exam ... --save FOLDER` writes such a folder; the same command remakes it.
 """
 
 from dataclasses import asdict
@@ -21,14 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from roi_lib.evaluation import (
-    by_position,
-    per_exam,
-    score_and_regret,
-    shortfall,
-    summarize,
-    with_interval,
-)
+from roi_lib import evaluation
 from roi_lib.experiments.methods import Comparison, Results
 from roi_lib.rational import Outcomes
 from roi_lib.store.checkpoints import model_label
@@ -42,10 +29,10 @@ CELL = ["method", "budget", "order"]
 def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
     """The rational test-taker's numbers under `evaluation.summarize`'s names, from the rows of
     `rational.rational_bounds` of one budget; its Score is the achievable side."""
-    numbers = score_and_regret(bound["achievable"], easy["achievable"], seed)
+    numbers = evaluation.score_and_regret(bound["achievable"], easy["achievable"], seed)
     for name in ("plug_in", "by_family", "hindsight"):
-        numbers |= with_interval(name, [bound[name]], lambda x: x, seed)
-    return numbers | by_position(bound, seed) | {
+        numbers |= evaluation.with_interval(name, [bound[name]], lambda x: x, seed)
+    return numbers | evaluation.by_position(bound, seed) | {
         "tokens": float(bound.filter(like="tokens_").sum(axis=1).mean()),
         "skip_rate": float(bound.filter(like="skipped_").to_numpy().mean()),
         "over_budget": 0, "overrun_cut": 0, "failed": 0}
@@ -60,7 +47,7 @@ def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
         bounds.index.droplevel("exam"))}
     cells = [(m, b, o) for m, b in dict.fromkeys((m, b) for m, b, _ in [*sat, *rational])
              for o in comparison.orders]
-    points = {key: per_exam(sat[key])["points"].to_numpy() if key in sat
+    points = {key: evaluation.per_exam(sat[key])["points"].to_numpy() if key in sat
               else rational[key]["achievable"].to_numpy() for key in cells}
     labels = {m: model_label(comparison.checkpoint(m.removesuffix("_tagged")) or "")
               for m in dict.fromkeys(m for m, _, _ in cells)}
@@ -74,13 +61,14 @@ def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
         if key in rational:
             record |= summarize_bound(rational[key], rational[easy], seed)
         else:
-            record |= summarize(sat[key], sat[easy], seed) | results.facts[method, budget]
+            record |= evaluation.summarize(sat[key], sat[easy], seed)
+            record |= results.facts[method, budget]
             name = "rational_tagged" if world.method(method).tagged else "rational"
             if (name, budget, order) in rational:
-                record |= shortfall(points[key], rational[name, budget, order],
-                                    rational[name, budget, "easy"], seed)
+                record |= evaluation.shortfall(points[key], rational[name, budget, order],
+                                               rational[name, budget, "easy"], seed)
         if method != cells[0][0]:
-            record |= {"difference_from": cells[0][0]} | with_interval(
+            record |= {"difference_from": cells[0][0]} | evaluation.with_interval(
                 "difference", [points[key], points[cells[0][0], budget, order]],
                 lambda x, y: x - y, seed)
         records.append(record)
@@ -123,10 +111,8 @@ def show_details(records: pd.DataFrame) -> str:
     return "\n\n".join(texts)
 
 
-def save_comparison(
-    folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
-    split: str = "test", traced: int = TRACED,
-) -> None:
+def save_comparison(folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
+                    split: str = "test", traced: int = TRACED) -> None:
     """Write the folder in one piece; an earlier one is replaced only at the very end."""
     def fill(temporary: Path) -> None:
         papers = make_paper_list(comparison.world, comparison.papers, split, comparison.seed)

@@ -1,14 +1,12 @@
 """Checkpoints: models and tokenizers by name, and the state of a training run.
 
 A name is a folder, a name below `data/`, or a hub id, which `@` pins to a commit or a tag. Weights
-are safetensors, never a pickle, and no code that comes with a model is run. A checkpoint that is
-not to be had, or not whole, is a `CheckpointError`.
+are safetensors, never a pickle, and no code of a model is run. `CheckpointError`: not to be had.
 """
 
 import hashlib
 import re
 import shutil
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,20 +30,16 @@ def locate(name: str) -> Path | None:
 
 def hub_id(name: str) -> tuple[str, str]:
     """Hub id and revision ("main" where none is pinned) of a name that is no folder."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if not found:
-        raise CheckpointError(f"no checkpoint {name!r}: it is no folder, no name below "
-                              f"{DATA.name}/ and no hub id; name a local folder")
+    if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)):
+        raise CheckpointError(f"no folder or hub id {name!r}; name a local folder, or one in data/")
     return found[1], found[2] or "main"
 
 
 def model_hash(name: str) -> str:
     """What identifies a model: the hash of a folder's manifest or weights, or the whole hub id."""
-    folder = locate(name)
-    if folder is None:
+    if not (folder := locate(name)):
         return name
-    found = [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(
-        folder.glob("*.safetensors"))
+    found = sorted(folder.glob(MANIFEST)) or sorted(folder.glob("*.safetensors"))
     return hashlib.sha256("".join(map(files.file_hash, found)).encode()).hexdigest()
 
 
@@ -58,8 +52,7 @@ def weights_hash(model) -> str:
     """SHA-256 of all weights of a model, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -78,15 +71,8 @@ def _load(kind, name: str, **options):
                               "and whole *.safetensors, for pickles are refused") from error
 
 
-def load_config(name: str):
-    """The configuration of a checkpoint's model, without its weights."""
-    return _load(AutoConfig, name)
-
-
 def load_model(name: str, dtype: str = "auto"):
     """A checkpoint's causal language model, in eval mode, in `dtype` ("auto": its own)."""
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise CheckpointError(f"unknown dtype {dtype!r}; name float32, float64, bfloat16 or auto")
     model, info = _load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True,
                         output_loading_info=True)
     if info["missing_keys"]:  # they would be random numbers
@@ -113,25 +99,23 @@ def own_tokenizer(name: str):
 
 def load_tokenizer(name: str, default: str | None = None):
     """The tokenizer of a checkpoint; `default`'s where it is a folder without one."""
-    return default and own_tokenizer(name) or _load(AutoTokenizer, default or name)
+    return (own_tokenizer(name) if default else None) or _load(AutoTokenizer, default or name)
 
 
 def check_tokenizer(config, tokenizer, name: str) -> None:
     """Refuse a tokenizer that has words for which the model of that name has no embedding."""
     size = config.get_text_config().vocab_size
     if len(tokenizer) > size:
-        raise CheckpointError(
-            f"the model of {name!r} knows {size:,} tokens, but the tokenizer {len(tokenizer):,}: "
-            "they do not belong together; save the model's own tokenizer in its folder")
+        raise CheckpointError(f"{name!r} knows {size:,} tokens, the tokenizer {len(tokenizer):,}: "
+                              "they do not belong together; save its own tokenizer in its folder")
 
 
 def load_environment(world: World, checkpoint: str | None = None,
                      tokenizer: str | None = None) -> Environment:
-    """A world with the tokenizer of that name, or the checkpoint's own, or else the world's; one
-    that does not fit the checkpoint's model is refused."""
+    """A world with that tokenizer, or the checkpoint's own, or else the world's; it must fit."""
     words = load_tokenizer(tokenizer or checkpoint or world.tokenizer, world.tokenizer)
     if checkpoint and locate(checkpoint):
-        check_tokenizer(load_config(checkpoint), words, checkpoint)
+        check_tokenizer(_load(AutoConfig, checkpoint), words, checkpoint)
     return Environment(world, words)
 
 
@@ -140,18 +124,14 @@ def save_step(work: Path, model, optimizers, progress: dict) -> None:
     continuation; keep it and the one before. Only whole states of ours are removed."""
     def fill(folder: Path) -> None:
         safetensors.save_model(model, folder / "weights.safetensors")
-        safetensors.save_file({f"{i}/{parameter}/{name}": torch.as_tensor(value)
-                               for i, optimizer in enumerate(optimizers)
-                               for parameter, state in optimizer.state_dict()["state"].items()
-                               for name, value in state.items()},
-                              folder / "optimizers.safetensors")
+        for i, optimizer in enumerate(optimizers):
+            state = {f"{parameter}/{name}": torch.as_tensor(value)
+                     for parameter, values in optimizer.state_dict()["state"].items()
+                     for name, value in values.items()}
+            safetensors.save_file(state, folder / f"optimizer-{i}.safetensors")
         files.write_json(folder / "progress.json", progress)
 
     folder = work / f"step-{progress['step']:06d}"
-    try:
-        files.check_replaceable(folder)
-    except CheckpointError:  # broken since: a run that went on from an earlier one comes by again
-        folder.rename(work / f"broken-{folder.name}-{time.time_ns()}")
     files.write_folder(folder, fill)
     for old in sorted(path for path in work.glob("step-??????") if path <= folder)[:-2]:
         with suppress(CheckpointError):
@@ -163,11 +143,10 @@ def load_training_state(folder: Path, model, optimizers) -> dict:
     """Put back what `save_step` saved, and return the progress."""
     files.verify_folder(folder)
     safetensors.load_model(model, folder / "weights.safetensors")
-    states: list[dict] = [{} for _ in optimizers]
-    for key, value in safetensors.load_file(folder / "optimizers.safetensors").items():
-        i, parameter, name = key.split("/")
-        states[int(i)].setdefault(int(parameter), {})[name] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for i, optimizer in enumerate(optimizers):
+        state: dict = {}
+        for key, value in safetensors.load_file(folder / f"optimizer-{i}.safetensors").items():
+            parameter, name = key.split("/")
+            state.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return files.read_json(folder / "progress.json")

@@ -1,15 +1,14 @@
 """Files and folders that are whole or not there, and never cost anybody a file.
 
-A folder is filled beside its place, given a manifest of sizes and SHA-256 hashes as its last file,
-and renamed: a killed run leaves the earlier one. Only what is exactly as its manifest says is ever
-replaced; whatever else lies there belongs to somebody.
+A folder is filled beside its place, given a manifest (sizes, SHA-256 hashes) as its last file, and
+renamed: a killed run leaves the earlier one. Only what is as its manifest says is ever replaced.
 """
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,15 +52,10 @@ def write_csv(path: Path, table: pd.DataFrame | Iterable[dict]) -> None:
     write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
-@lru_cache(maxsize=4096)
-def _hash(path: Path, size: int, changed: int) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read again only where its size or time has changed."""
-    return _hash(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
 
 
 def _facts(folder: Path) -> dict[str, dict | None]:
@@ -78,13 +72,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_folder(folder: Path, exactly: bool = False) -> None:
-    """`CheckpointError`: a file of the folder's manifest is missing or changed, or (`exactly`) the
-    folder holds anything else."""
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: not there, not whole, or not ours")
-    manifest, found = read_json(folder / MANIFEST), _facts(folder)
+    """`CheckpointError`: a file of the manifest is missing or changed, or (`exactly`) not in it."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or not manifest:
-        raise CheckpointError(f"{folder / MANIFEST} is no manifest of this library")
+        raise CheckpointError(f"{folder} is not there, not whole or not ours: no valid {MANIFEST}")
+    found = _facts(folder)
     for name in [*manifest, *found] if exactly else manifest:
         if name not in found or found[name] != manifest.get(name, "of somebody else"):
             raise CheckpointError(f"{folder / name} is missing, cut short, changed or not ours; "
@@ -92,36 +84,31 @@ def verify_folder(folder: Path, exactly: bool = False) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """`CheckpointError`, before any work: `write_folder` would cost somebody a file. Free are a
-    new name, an empty folder, and what is exactly as its manifest says."""
+    """Refuse (`CheckpointError`) all but a new name, an empty folder, and a whole one of ours."""
     try:
-        places = [folder, *folder.parents]
-        if folder.is_symlink() or any(path.exists() and not path.is_dir() for path in places):
+        if folder.is_symlink() or any(map(Path.is_file, [folder, *folder.parents])):
             raise CheckpointError("a file or a symlink is in its place")
         if folder.exists() and any(folder.iterdir()):
             verify_folder(folder, exactly=True)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not replaced: {error}; name another --out") from error
+        raise CheckpointError(f"{folder} is not replaced: {error}; move it away, or "
+                              "name another --out") from error
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a fresh folder, add the manifest, then put it in place. Errors, of
-    `fill` or `check_replaceable`, leave an earlier folder as it was."""
+    """Let `fill` write into a fresh folder and put it in place; an error leaves the earlier one."""
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        fresh, earlier = Path(work) / "fresh", Path(work) / "earlier"
+        fresh, earlier = Path(work) / "fresh", Path(f"{work}.earlier")
         fresh.mkdir()
         fill(fresh)
         write_manifest(fresh)
         check_replaceable(folder)  # again: filling may have taken hours
-        try:  # killed between the two renames, the earlier folder is whole in `work`
-            if folder.exists():
-                folder.rename(earlier)
-            fresh.rename(folder)
-        finally:
-            if earlier.exists() and not folder.exists():
-                earlier.rename(folder)
+        if folder.exists():
+            folder.rename(earlier)  # stopped here, it is whole under that name
+        fresh.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
@@ -137,11 +124,9 @@ def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
 
 
 def folder_lock(folder: Path):
-    """Keep a folder to this process in `with folder_lock(folder):`, however that ends;
-    `ValueError`: another process holds it."""
+    """Keep a folder to this process in a `with`; `ValueError`: another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder / ".roi_lib.lock", timeout=0).acquire()
     except Timeout as error:
-        raise ValueError(f"another process is writing {folder}; wait for it, or name another "
-                         "folder") from error
+        raise ValueError(f"another process is writing {folder}; wait, or name another") from error

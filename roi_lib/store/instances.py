@@ -6,46 +6,36 @@ from roi_lib import osmckp
 from roi_lib.osmckp import Action, Instance, require
 from roi_lib.store.files import read_json
 
-KINDS = {"object": dict, "list": list, "string": str, "number": (int, float)}
+KINDS = {"list": list, "text": str, "number": (int, float)}
 MAX_CELLS = 10**8  # actions x budgets: their arrays take at most about 5 GB
 
 
 def read_instance(path: str | Path) -> Instance:
-    """Read {"budget": B, "classes": [[{"name": ..., "outcomes": [{"p", "cost", "reward"}]}]]}; a
-    ValueError names file, class and action (both counted from 0) and field."""
-    document = read_json(Path(path))
+    """Read {"budget": B, "classes": [[{"name": ..., "outcomes": [{"p", "cost", "reward"}]}]]};
+    `ValueError` names file, class and action (both counted from 0) and field."""
+    document, classes, where = read_json(Path(path)), [], "instance"
     try:
-        classes = [[_action(entry, f"class {i}, action {k}")
-                    for k, entry in enumerate(_check(actions, "list", f"class {i}"))]
-                   for i, actions in enumerate(_field(document, "classes", "list", "instance"))]
-        instance = Instance(_field(document, "budget", "number", "instance"), classes)
+        for i, actions in enumerate(_field(document, "classes", "list")):
+            classes.append([])
+            for k, entry in enumerate(actions if isinstance(actions, list) else ()):
+                where = f"class {i}, action {k}"
+                rows = [[_field(outcome, field, "number") for field in ("p", "cost", "reward")]
+                        for outcome in _field(entry, "outcomes", "list")]
+                classes[i].append(Action(_field(entry, "name", "text"), rows))
+        where = "instance"
+        instance = Instance(_field(document, "budget", "number"), classes)
         require((instance.budget + 1) * sum(map(len, classes)) <= MAX_CELLS,
                 f"field budget: {instance.budget} tokens need too much memory, give a smaller one")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {where}, {error}") from error
     return instance
 
 
-def _action(entry, where):
-    name = _field(entry, "name", "string", where)
-    rows = [[_field(outcome, field, "number", f"{where} ({name!r}), outcome {s}")
-             for field in ("p", "cost", "reward")]
-            for s, outcome in enumerate(_field(entry, "outcomes", "list", f"{where} ({name!r})"))]
-    try:
-        return Action(name, rows)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check(value, kind, where):
-    ok = isinstance(value, KINDS[kind]) and not isinstance(value, bool)
-    require(ok, f"{where}: need a JSON {kind}, not {type(value).__name__}")
+def _field(entry, field, kind):
+    value = entry.get(field) if isinstance(entry, dict) else None
+    require(isinstance(value, KINDS[kind]) and not isinstance(value, bool),
+            f"field {field}: missing, or no {kind}, in {str(entry)[:60]}")
     return value
-
-
-def _field(entry, field, kind, where):
-    require(field in _check(entry, "object", where), f"{where}, field {field}: missing")
-    return _check(entry[field], kind, f"{where}, field {field}")
 
 
 def solve_document(exam: Instance) -> dict:

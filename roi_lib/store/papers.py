@@ -1,13 +1,12 @@
 """Lists of papers as small JSON files, so that others can take the very same exams.
 
-A list holds ids and seeds, never the text of a problem. Generated problems are drawn again from
-the seed; others are looked up in a pool. Either way each id must be there, and the statements must
-be the same: a copy of a dataset may number its rows otherwise.
+A list holds ids and seeds, never a text. Generated problems are drawn again, others looked up in a
+pool; either way the statements must be the same: a copy of a dataset may be numbered otherwise.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from roi_lib.exams import draw_papers
@@ -37,38 +36,31 @@ def fingerprint(papers: Sequence[Sequence[Problem]]) -> str:
 
 def make_paper_list(world: World, papers: Sequence[Sequence[Problem]], split: str, seed: int,
                     orders: Sequence[str] = ORDERS) -> PaperList:
-    """The list of papers that `draw_papers` drew with this seed; `ValueError`: not of one mix."""
-    mixes = {tuple(p.tier for p in paper) for paper in papers}
-    if len(mixes) != 1:
-        raise ValueError(f"the papers of a list share one mix of tiers; here are {len(mixes)}")
-    return PaperList(world.name, split, seed, list(orders), list(mixes.pop()),
+    """The list of papers that `draw_papers` drew with this seed, all of one mix of tiers."""
+    return PaperList(world.name, split, seed, list(orders), [p.tier for p in papers[0]],
                      [[p.id for p in paper] for paper in papers], fingerprint(papers))
 
 
 def read_paper_list(path: Path) -> PaperList:
-    """A list of papers from its file; `ValueError` says what is wrong with it."""
-    content, names = read_json(path), [field.name for field in fields(PaperList)]
-    if not isinstance(content, dict) or set(content) != set(names):
-        raise ValueError(f"{path}: a list of papers has the fields {', '.join(names)}")
-    found = PaperList(**content)
-
+    """A list of papers from its file; `ValueError` names a field that is missing or not right."""
     def is_list(value, kind: type = str, known: Sequence[str] = ()) -> bool:
         return isinstance(value, list) and value != [] and all(
             isinstance(one, kind) and (one in known or not known) for one in value)
 
+    content = read_json(path)
+    get = content.get if isinstance(content, dict) else {}.get
     right = {
-        "world": found.world in list(WORLDS), "split": found.split in SPLITS,
-        "seed": type(found.seed) is int, "orders": is_list(found.orders, known=ORDERS),
-        "tiers": is_list(found.tiers, known=TIERS), "fingerprint": is_list([found.fingerprint]),
-        "papers": is_list(found.papers, list) and all(map(is_list, found.papers))}
-    if wrong := [name for name in names if not right[name]]:
+        "world": get("world") in list(WORLDS), "split": get("split") in SPLITS,
+        "seed": type(get("seed")) is int, "orders": is_list(get("orders"), known=ORDERS),
+        "tiers": is_list(get("tiers"), known=TIERS), "fingerprint": type(get("fingerprint")) is str,
+        "papers": is_list(get("papers"), list) and all(map(is_list, get("papers")))}
+    if wrong := [name for name, fine in right.items() if not fine]:
         raise ValueError(f"{path}: {wrong[0]} is not what a list of papers has there; make it anew "
                          "with --write-papers")
-    return found
+    return PaperList(**{name: content[name] for name in right})
 
 
-def restore_papers(paper_list: PaperList,
-                   pool: Sequence[Problem] | None = None) -> list[tuple[Problem, ...]]:
+def restore_papers(paper_list: PaperList, pool: Sequence[Problem] | None = None) -> list[tuple]:
     """The papers themselves, from the pool they were drawn from (None: generated problems);
     `ValueError`: an id is not to be found, or the statements are others."""
     if pool is None:

@@ -9,9 +9,8 @@ import functools
 import json
 import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict, namedtuple
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from roi_lib.problems import Problem, closing_brace, is_generated
@@ -19,46 +18,28 @@ from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
 
 #: Rows whose published gold answer is wrong, by problem id.
 KNOWN_FLAWS = {"openai/gsm8k/main/test/454": "labelled 150, but the right answer is 240"}
-#: Share of common word triples from which on two statements are near-duplicates.
-NEAR = 0.7
-
+NEAR = 0.7  # share of common word triples from which on two statements are near-duplicates
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """One split of a dataset on the hub."""
-
-    id: str  # hub id, and the folder's name below a local root
-    revision: str  # the commit on the hub; a local root has no revisions
-    configs: tuple[str | None, ...]  # configurations to join (None: the default one)
-    split: str  # the hub's split
-    rows: int  # how many there are at that commit, in all configurations
-    read: Callable[[Mapping], tuple[str, str, str]]  # row -> (statement, gold, worked solution)
-
-
-def read_gsm8k(row: Mapping) -> tuple[str, str, str]:
-    """GSM8K: the gold answer follows `####`; calculator notes `<<...>>` are taken out."""
-    solution, _, answer = row["answer"].partition("####")
-    answer = answer.strip().replace(",", "")
-    return row["question"], answer, f"{re.sub('<<.*?>>', '', solution)}\\boxed{{{answer}}}"
-
-
-def read_math(row: Mapping) -> tuple[str, str, str]:
-    """MATH: the gold answer is in the solution's closed boxes; boxes that differ leave none."""
-    text, answers = row["solution"], set()
+def read_row(row: Mapping) -> tuple[str, str, str]:
+    """Statement, gold answer ("": no single one) and worked solution of a row of a dataset."""
+    if "question" in row:  # GSM8K: the answer follows ####, and <<...>> are calculator notes
+        solution, _, answer = row["answer"].partition("####")
+        answer = answer.strip().replace(",", "")
+        return row["question"], answer, f"{re.sub('<<.*?>>', '', solution)}\\boxed{{{answer}}}"
+    if "answer" in row:  # MATH-500 and AIME
+        answer = str(row["answer"]).strip()
+        return row["problem"], answer, row.get("solution") or f"\\boxed{{{answer}}}"
+    text, answers = row["solution"], set()  # MATH: what all closed boxes hold
     for box in re.finditer(r"\\boxed\s*\{", text):
         if (end := closing_brace(text, box.end() - 1)) is not None:
             answers.add(text[box.end() : end].strip())
     return row["problem"], answers.pop() if len(answers) == 1 else "", text
 
 
-def read_answer(row: Mapping) -> tuple[str, str, str]:
-    """MATH-500 and AIME: a column for the answer; where there is no solution, it stands for one."""
-    answer = str(row["answer"]).strip()
-    return row["problem"], answer, row.get("solution") or f"\\boxed{{{answer}}}"
-
-
+#: Hub id (also the folder's name below a local root), commit, configurations to join, all rows.
+Dataset = namedtuple("Dataset", "id revision configs rows")
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
             "number_theory", "prealgebra", "precalculus")
 GSM8K = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", ("main",)
@@ -66,14 +47,10 @@ MATH = "EleutherAI/hendrycks_math", "21a5633873b6a120296cce3e2df9d5550074f4a3", 
 MATH_500 = "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", (None,)
 AIME = "AI-MO/aimo-validation-aime", "13f9e12f613e720c2a2b2f345dd04b998a29494d", (None,)
 AIME_25 = "math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", (None,)
-DATASETS: dict[tuple[str, str], Dataset] = {
-    ("gsm8k", "train"): Dataset(*GSM8K, "train", 7_473, read_gsm8k),
-    ("gsm8k", "test"): Dataset(*GSM8K, "test", 1_319, read_gsm8k),
-    ("math", "train"): Dataset(*MATH, "train", 7_500, read_math),
-    ("math", "test"): Dataset(*MATH_500, "test", 500, read_answer),
-    ("aime", "train"): Dataset(*AIME, "train", 90, read_answer),
-    ("aime", "test"): Dataset(*AIME_25, "test", 30, read_answer),
-}
+DATASETS = {
+    ("gsm8k", "train"): Dataset(*GSM8K, 7_473), ("gsm8k", "test"): Dataset(*GSM8K, 1_319),
+    ("math", "train"): Dataset(*MATH, 7_500), ("math", "test"): Dataset(*MATH_500, 500),
+    ("aime", "train"): Dataset(*AIME, 90), ("aime", "test"): Dataset(*AIME_25, 30)}
 
 
 def flaw(text: str, answer: str) -> str:
@@ -86,45 +63,36 @@ def flaw(text: str, answer: str) -> str:
     return "" if fine else f"the gold answer {gold[:20]!r} is none"
 
 
-def read_rows(source: Dataset, root: Path | None) -> Iterator[tuple[str, Mapping]]:
-    """Id and content of every row of a dataset; see `load_source`."""
+def load_source(family: str, tier: str, split: str, root: Path | None) -> tuple[list, dict]:
+    """All problems of one dataset, and its rows that were left out: id -> reason. A local `root`
+    holds the dataset under its hub id, and a copy's other number of rows is logged; None reads the
+    hub. `FileNotFoundError`: not to be had; `ValueError`: no such source or column, other rows."""
     import datasets  # slow to import, and needed by the paper world only
 
+    check_choice(f"source of the {split} split", family, [f for f, own in DATASETS if own == split])
+    source, problems, left_out = DATASETS[family, split], [], {}
+    revision = source.revision if root is None else None
+    place = source.id if root is None else str(Path(root, source.id).absolute())
     datasets.disable_progress_bars()
-    place = source.id if root is None else str(root / source.id)
-    if root is not None and not Path(place).is_dir():
-        raise FileNotFoundError(f"no dataset folder {place}; --data must hold {source.id}")
-    options = {"revision": source.revision} if root is None else {}
     for config in source.configs:
         try:
-            rows = datasets.load_dataset(place, config, split=source.split, **options)
+            rows = datasets.load_dataset(place, config, split=split, revision=revision)
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(f"cannot read {source.id} from {root or 'the hub'} ({error}); "
                                     "give a local folder with --data") from error
         for i, row in enumerate(rows):
-            yield "/".join(filter(None, (source.id, config, source.split, str(i)))), row
-
-
-def load_source(family: str, tier: str, split: str,
-                root: Path | None) -> tuple[list[Problem], dict[str, str]]:
-    """All problems of one dataset, and its rows that were left out: id -> reason. A local `root`
-    holds the dataset under its hub id, more or fewer rows are logged; None reads the hub.
-    `FileNotFoundError`: not to be had; `ValueError`: no such source or column, other rows."""
-    check_choice(f"source of the {split} split", family,
-                 [name for name, own in DATASETS if own == split])
-    source, problems, left_out = DATASETS[family, split], [], {}
-    for name, row in read_rows(source, root):
-        row = {column: "" if value is None else value for column, value in row.items()}
-        try:
-            text, answer, solution = source.read(row)
-        except KeyError as error:
-            raise ValueError(f"{name} has no column {error}, but {', '.join(row)}") from error
-        if reason := KNOWN_FLAWS.get(name) or flaw(text, answer):
-            left_out[name] = reason
-        else:
-            problems.append(Problem(name, text, answer, solution, tier, family))
+            name = "/".join(filter(None, (source.id, config, split, str(i))))
+            row = {column: "" if value is None else value for column, value in row.items()}
+            try:
+                text, answer, solution = read_row(row)
+            except KeyError as error:
+                raise ValueError(f"{name} has no column {error}, but {', '.join(row)}") from error
+            if reason := KNOWN_FLAWS.get(name) or flaw(text, answer):
+                left_out[name] = reason
+            else:
+                problems.append(Problem(name, text, answer, solution, tier, family))
     if (found := len(problems) + len(left_out)) != source.rows:
-        message = f"{source.id}, {source.split}: {found} rows, but {source.rows} are published"
+        message = f"{source.id}, {split}: {found} rows, but {source.rows} are published"
         if root is None:
             raise ValueError(f"{message} at {source.revision}")
         log.warning("%s; results on this copy in %s cannot be compared", message, root)
@@ -138,7 +106,7 @@ def load_problems(family: str, tier: str, split: str, root: Path | None) -> tupl
     problems, left_out = load_source(family, tier, split, root)
     if split == "train":
         test, _ = load_source(family, tier, "test", root)
-        left_out |= {own: f"{kind} of {other}" for own, other, kind in find_overlaps(problems, test)}
+        left_out |= {p: f"{kind} of {other}" for p, other, kind in find_overlaps(problems, test)}
     if left_out:
         log.warning("%s, %s split: %d rows are left out, first %s: %s", family, split,
                     len(left_out), *next(iter(left_out.items())))
@@ -152,8 +120,7 @@ def load_pool(world: World, split: str, root: Path | None = None) -> list[Proble
         for problem in load_problems(family, tier, split, root)]
 
 
-def find_overlaps(train: Sequence[Problem],
-                  test: Sequence[Problem]) -> list[tuple[str, str, str]]:
+def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[tuple]:
     """(id, id, kind) of each training and test problem that should never meet. "duplicate": equal
     but for white space and case. "near-duplicate": of the runs of three words (signs are words
     too) that either statement has, both have at least 70 %."""
@@ -161,50 +128,43 @@ def find_overlaps(train: Sequence[Problem],
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         return words, set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
-    tests, holders, found = {p.id: read(p.text) for p in test}, defaultdict(list), []
+    tests, holders = {p.id: read(p.text) for p in test}, defaultdict(list)
     for name, (_, runs) in tests.items():
         for run in runs:
             holders[run].append(name)
+    found = []
     for problem in train:
         words, runs = read(problem.text)
-        common = Counter(name for run in runs for name in holders.get(run, ()))
-        for name, n in common.items():
-            if tests[name][0] == words:
-                found.append((problem.id, name, "duplicate"))
-            elif n >= NEAR * (len(runs) + len(tests[name][1]) - n):
-                found.append((problem.id, name, "near-duplicate"))
+        for name, n in Counter(name for run in runs for name in holders.get(run, ())).items():
+            if n >= NEAR * (len(runs) + len(tests[name][1]) - n):
+                near = "" if tests[name][0] == words else "near-"
+                found.append((problem.id, name, f"{near}duplicate"))
     return found
-
-
-def read_problem(line: str, name: str, family: str) -> Problem:
-    """A problem from one line of `load_jsonl`; `ValueError` says what is wrong with it."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    row = {"id": name, "solution": f"\\boxed{{{row.get('answer')}}}"} | row
-    for field in ("problem", "answer", "tier", "solution"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise ValueError(f"field {field!r} must be a non-empty text")
-    if reason := flaw(row["problem"], row["answer"]):
-        raise ValueError(reason)
-    check_choice("tier", row["tier"], TIERS)
-    return Problem(str(row["id"]), row["problem"], row["answer"], row["solution"], row["tier"],
-                   family)
 
 
 def load_jsonl(path: Path) -> list[Problem]:
     """Your own problems: JSON Lines of {"problem", "answer", "tier"}, "solution" and "id" optional.
     `ValueError` names file and line that are not such UTF-8 objects, or repeat an id or problem."""
     problems, seen = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    for number, line in ((number, line) for number, line in lines if line.strip()):
         try:
-            if line.strip():
-                text = line.decode("utf-8-sig")
-                problems.append(read_problem(text, f"{path.stem}/{number}", path.stem))
-                for key in (problems[-1].id, problems[-1].text):
-                    if seen.setdefault(key, number) != number:
-                        raise ValueError(f"repeats line {seen[key]}")
+            row = json.loads(line.decode("utf-8-sig"))
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            boxed = f"\\boxed{{{row.get('answer')}}}"
+            row = {"id": f"{path.stem}/{number}", "solution": boxed} | row
+            texts = [row.get(field) for field in ("problem", "answer", "solution", "tier")]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError("problem, answer, tier and solution must be texts, not empty")
+            check_choice("tier", row["tier"], TIERS)
+            if reason := flaw(row["problem"], row["answer"]):
+                raise ValueError(reason)
+            for key in (str(row["id"]), row["problem"]):
+                if seen.setdefault(key, number) != number:
+                    raise ValueError(f"repeats line {seen[key]}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}; each line "
                              "must be a JSON object of UTF-8 text") from error
+        problems.append(Problem(str(row["id"]), *texts, path.stem))
     return problems

@@ -9,10 +9,7 @@ from roi_lib.worlds import POCKET
 
 
 def check_pins():
-    """(good, what, remedy) of each package that pyproject.toml pins, optional extras aside.
-
-    RuntimeError: the library itself is not installed.
-    """
+    """(good, what, remedy) of each pinned package, extras aside; RuntimeError without roi_lib."""
     try:
         pins = [re.fullmatch(r"([\w-]+)==([\w.]+)", line) for line in metadata.requires("roi-lib")]
     except metadata.PackageNotFoundError as error:
@@ -34,17 +31,15 @@ def check_data():
             verify_folder(DATA / name)
         except CheckpointError:
             fault = "differs from its hashes" if (DATA / name).is_dir() else "is missing"
-            remedy = (f"git checkout -- data/{name}" if DATA.is_dir()
-                      else "pip install -e . in a clone of the repository")
-            bad.append((False, f"data/{name} {fault}", remedy))
+            bad.append((False, f"data/{name} {fault}", f"git checkout -- data/{name}" if
+                        DATA.is_dir() else "pip install -e . in a clone of the repository"))
     return bad or [(True, "checkpoints and tokenizers in data match their hashes", "")]
 
 
 def check_installation() -> bool:
     """Print one [OK] or [FAIL] line a requirement, with its remedy; returns whether all hold."""
-    version = sys.version_info[:2]
-    python = ((3, 11) <= version < (3, 13), "python {}.{}".format(*version), "Python 3.11 or 3.12")
-    results = [python, *check_pins(), *check_data()]
+    results = [((3, 11) <= sys.version_info < (3, 13), "python {}.{}".format(*sys.version_info),
+                "Python 3.11 or 3.12"), *check_pins(), *check_data()]
     for good, what, remedy in results:
         print(f"[OK]   {what}" if good else f"[FAIL] {what}; mend it with: {remedy}")
     return all(good for good, _, _ in results)

@@ -1,8 +1,8 @@
 """Every figure of the series, in one style: `use_style()` once, then a function a figure.
 
 Each function draws a new Figure and returns it. Colors are Okabe and Ito's, which color-blind
-readers can tell apart; hatches, markers and line styles tell the same in greyscale. Records, sweeps
-and tables are DataFrames or lists of dict rows; a table is `sitting`'s, with a column `method`.
+readers can tell apart; hatches, markers and line styles tell the same in greyscale. Records are
+DataFrames or lists of rows; a table is `sitting`'s, with a column `method`.
 """
 
 from html import escape
@@ -17,29 +17,22 @@ from roi_lib.worlds import ORDERS, TIERS
 
 COLORS = ["#0072B2", "#E69F00", "#222222", "#CC79A7", "#009E73", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1))]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
-HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
+MARKERS, HATCHES = ["o", "s", "^", "D", "v", "P"], ["", "///", "...", "xxx", "\\\\\\", "++"]
 # Skip is almost white; then light to dark, so that effort reads as darkness in greyscale.
-ACTIONS = [("#EFEFEF", ""), ("#56B4E9", "///"), ("#D55E00", "..."), ("#0B3C5D", "xx"),
-           ("#F0E442", "\\\\"), ("#009E73", "++"), ("#CC79A7", "oo"), ("#000000", "")]
-LEVELS = [*ACTIONS[1:4], ACTIONS[0]]  # Level-3, the skip, looks like a skip
-SPLIT = [("#0072B2", ""), ("#E69F00", "///"), ("#EFEFEF", "...")]
+ACTIONS = [("#EFEFEF", ""), ("#56B4E9", "///"), ("#D55E00", "..."), ("#0B3C5D", "xx")]
+SPLIT = [("#0072B2", ""), ("#E69F00", "///"), ("#EFEFEF", "...")]  # a Score, and what it lost
 PARTS = [("#BBBBBB", "++"), ("#56B4E9", ""), ("#F5D9A3", "///"), ("#FFFFFF", "..."),
          ("#CC79A7", "xxx"), ("#DDDDDD", "\\\\\\"), ("#9FDCC8", "oo")]  # preamble, problems
-#: method -> label, color, line style, marker, hatch: the same in every figure.
-METHODS = {
-    "base": ("base", "#222222", "-", "o", ""),
+METHODS = {  # label, color, line style, marker, hatch: the same in every figure
+    "base": ("base", "#222222", "-", "o", ""), "rational": ("rational", "#D55E00", "-", "", ""),
+    "rational_tagged": ("rational, with tags", "#D55E00", "--", "", ""),
     "plan_and_solve": ("Plan-and-Solve", "#CC79A7", ":", "D", "xxx"),
     "least_to_most": ("Least-to-Most", "#E69F00", "-.", "s", "///"),
-    "mft": ("MFT", "#56B4E9", "--", "^", "..."),
+    "mft": ("MFT", "#56B4E9", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
     "mft_greedy_knapsack": ("MFT + knapsack", "#009E73", (0, (6, 1.5)), "v", "\\\\\\"),
-    "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++"),
-    "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
-    "rational": ("rational", "#D55E00", "-", "", ""),
-    "rational_tagged": ("rational, with tags", "#D55E00", "--", "", "")}
+    "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++")}
 FEW = 30  # a share or a percentile of fewer says little
-WIDTH = 7.5  # inches: fits a notebook column at 100 dpi
-ABOVE = {"loc": "outside upper left", "ncols": 4}
+WIDTH, ABOVE = 7.5, {"loc": "outside upper left", "ncols": 4}
 
 
 def use_style():
@@ -48,21 +41,18 @@ def use_style():
         "figure.figsize": (WIDTH, 3.4), "figure.dpi": 100, "figure.constrained_layout.use": True,
         "font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "legend.fontsize": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.8,
-        "lines.linewidth": 2.0, "lines.markersize": 6, "hatch.linewidth": 0.8,
-        "legend.frameon": False})
+        "axes.axisbelow": True, "grid.color": "#DDDDDD", "lines.linewidth": 2.0,
+        "hatch.linewidth": 0.8, "legend.frameon": False})
 
 
 def method_look(name, j=0):
     """Label, color, line style, marker and hatch of a method; of any other name the j-th ones."""
-    others = (some[j % len(some)] for some in (COLORS, LINES, MARKERS, HATCHES))
-    return METHODS.get(name, (name, *others))
+    return METHODS.get(name) or (name, *(x[j % 6] for x in (COLORS, LINES, MARKERS, HATCHES)))
 
 
 def share_interval(share, count):
     """Ends of the 95 % intervals of shares among so many, [2, ...] (Wilson, 1927); NaN for none."""
-    z = 1.96
-    share, count = np.asarray(share, float), np.where(np.asarray(count) > 0, count, np.nan)
+    z, share, count = 1.96, np.asarray(share), np.where(np.asarray(count) > 0, count, np.nan)
     centre = share + z**2 / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return np.stack([centre - half, centre + half]) / (1 + z**2 / count)
@@ -70,8 +60,7 @@ def share_interval(share, count):
 
 def _rows(ax, names, title):
     """A labelled row a name, the first on top."""
-    ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.5, -0.5), title=title)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), title=title)
     ax.grid(axis="y", visible=False)
 
 
@@ -85,9 +74,8 @@ def lines(*panels, columns=2, height=3.2, **shared):
     for ax, (x, series, xlabel, ylabel, title) in zip(axes.flat, panels, strict=False):
         for j, (label, y) in enumerate(series.items()):
             at, y = (y.index, y.T) if x is None else (x, y)
-            y, *ends = np.atleast_2d(np.asarray(y, float))
             name, color, line, marker, _ = method_look(label, j)
-            ends = ends if marker else []  # a bound has none
+            y, *ends = np.atleast_2d(np.asarray(y, float))[: 3 if marker else 1]  # a bound has none
             # Intervals stand beside each other, and markers of different lines do not coincide.
             shift = 0.06 * min(np.abs(np.diff(at)), default=1) * (j - (len(series) - 1) / 2)
             step = 1 if ends else max(1, len(y) // 7)
@@ -112,9 +100,8 @@ def bars(labels, series, xlabel, ylabel, title="", stacked=False):
     for j, (name, y) in enumerate(series.items()):
         label, color, _, _, hatch = method_look(name, j)
         y, *ends = np.atleast_2d(np.asarray(y, float))
-        ax.bar(place + (j % n - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, bottom, color=color,
-               hatch=hatch, edgecolor="white", label=label, capsize=3,
-               yerr=np.abs(ends - y) if ends else None)
+        ax.bar(place + (j % n - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, bottom, label=label, capsize=3,
+               yerr=np.abs(ends - y) if ends else None, color=color, hatch=hatch, edgecolor="white")
         bottom = bottom + y if stacked else 0.0
     ax.set_xticks(place, labels)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, 1 if stacked else None))
@@ -147,21 +134,18 @@ def ranges(panels, xlabel, columns=1, lines=None, log=False):
 
 
 def strips(panels, xlabel, looks=SPLIT):
-    """Bars to the right, of parts laid end to end. A panel is (title, table, texts, line): a row a
-    bar, a column a part; texts [rows, parts], or None, stand in the parts that are wide enough; a
-    dashed line at x, or None."""
-    n = max(len(table) for _, table, *_ in panels)
-    fig, axes = plt.subplots(len(panels), 1, squeeze=False, sharex=True,
-                             figsize=(WIDTH, 0.8 + len(panels) * (0.45 + 0.4 * n)))
+    """Bars of parts laid end to end. A panel is (title, table, texts, line): a row a bar, a column
+    a part; texts, a table or None, for parts that are wide enough; a dashed line's x, or None."""
+    height = 0.8 + sum(0.45 + 0.4 * len(table) for _, table, *_ in panels)
+    fig, axes = plt.subplots(len(panels), squeeze=False, sharex=True, figsize=(WIDTH, height))
     right = max(max(table.sum(axis=1).max(), line or 0) for _, table, _, line in panels)
     for ax, (title, table, texts, line) in zip(axes.flat, panels, strict=True):
-        left = np.zeros(len(table))
-        for j, ((label, widths), (color, hatch)) in enumerate(zip(table.items(), cycle(looks))):
-            part = ax.barh(range(len(table)), widths, 0.7, left, color=color, hatch=hatch,
+        left = table.cumsum(axis=1) - table
+        for (label, widths), (color, hatch) in zip(table.items(), cycle(looks)):
+            part = ax.barh(range(len(table)), widths, 0.7, left[label], color=color, hatch=hatch,
                            edgecolor="#777777", linewidth=0.6, label=label)
-            left = left + widths.to_numpy()
             if texts is not None:
-                shown = np.where(widths > right / 17, texts[:, j], "")
+                shown = texts[label].where(widths > right / 17, "")
                 ax.bar_label(part, shown, label_type="center",
                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
         if line:
@@ -182,20 +166,19 @@ def policy_map(solution, problems):
     for i, (actions, row) in enumerate(zip(classes, solution.policy, strict=True)):
         for start, stop in pairwise(np.flatnonzero(np.diff(row, prepend=-1, append=-1))):
             ax.barh(i, stop - start, left=start - 0.5, **looks[actions[row[start]].name])
-    handles = [ax.barh(0, 0, label=name, **look) for name, look in looks.items()]
     _rows(ax, problems, "Optimal action")
     ax.set(xlabel="tokens left", xlim=(-0.5, len(row) - 0.5))
-    fig.legend(handles=handles, **ABOVE)
+    fig.legend(handles=[ax.barh(0, 0, label=name, **look) for name, look in looks.items()], **ABOVE)
     return fig
 
 
 def value_curve(solution):
     """V(b) of the exam above its shadow price V(b + 1) - V(b)."""
-    value, price = solution.value_function[0], 100 * solution.shadow_price[0]
-    fig = lines(
-        (np.arange(len(value)), {"": value}, "", "V(b) [points]", "What a budget is worth"),
-        (np.arange(len(price)), {"": price}, "tokens left, b", "[points / 100 tokens]",
-         "What one more token is worth: the shadow price V(b + 1) - V(b)"), columns=1, height=2.6)
+    value, price = map(pd.Series, (solution.value_function[0], 100 * solution.shadow_price[0]))
+    fig = lines((None, {"": value}, "", "V(b) [points]", "What a budget is worth"),
+                (None, {"": price}, "tokens left, b", "[points / 100 tokens]",
+                 "What one more token is worth: the shadow price V(b + 1) - V(b)"),
+                columns=1, height=2.6)
     plt.setp([ax.lines[0] for ax in fig.axes], drawstyle="steps-mid", marker="")
     return fig
 
@@ -208,25 +191,20 @@ def score_bars(distributions):
 
 
 def regret_split(*panels):
-    """Points earned, lost to allocation and lost to the order, of (title, names, earned, given,
-    best): Scores of the policies `names` in an order, and the optimal policy's in this and in the
-    best order. A policy that earns more than the optimal one loses nothing to allocation."""
-    tables = []
-    for title, names, earned, given, best in panels:
-        earned, given, best = np.broadcast_arrays(earned, given, best)
-        reached = np.maximum(given, earned)
-        table = pd.DataFrame({"earned": earned, "lost to allocation": reached - earned,
-                              "lost to the order": np.maximum(best - reached, 0)},
-                             [f"{name}  {x:.2f}" for name, x in zip(names, earned, strict=True)])
-        tables.append((title, table, None, None))
+    """What is earned, lost to allocation and lost to the order, of (title, names, earned, given,
+    best): Scores of the policies `names`, and the optimal one's in this and in the best order."""
+    tables, parts = [], ["earned", "lost to allocation", "lost to the order"]
+    for title, names, *scores in panels:
+        # A policy that earns more than the optimal one loses nothing to allocation.
+        points = np.diff(np.maximum.accumulate(np.broadcast_arrays(*scores)), axis=0, prepend=0)
+        names = [f"{name}  {x:.2f}" for name, x in zip(names, points[0], strict=True)]
+        tables.append((title, pd.DataFrame(points.T, names, parts), None, None))
     return strips(tables, "Score [points]")
 
 
 def score_split(records, budget, orders=("medium", "hard")):
-    """`regret_split` of the methods' records, by order; the parts add up to V*(easy), with tags
-    for those that must write them. Black: the 95 % interval of the Score."""
-    records = pd.DataFrame(records)
-    kept = records[(records["budget"] == budget) & records["rational"].notna()]
+    """`regret_split` of the records, by order, with the 95 % intervals of the Scores in black."""
+    kept = pd.DataFrame(records).query("budget == @budget").dropna(subset="rational")
     parts = {f"{order} order, {budget} tokens": kept[kept["order"] == order] for order in orders}
     fig = regret_split(*((
         title, [method_look(name)[0] for name in rows["method"]], rows["score"], rows["rational"],
@@ -237,28 +215,19 @@ def score_split(records, budget, orders=("medium", "hard")):
     return fig
 
 
-def _by_order(table, columns, orders, xlabel, ylabel):
-    """Columns of a table over its index, a panel an order, a line a method."""
-    fig = lines(*((None, {method: own[columns] for method, own in
-                          table[table["order"] == order].groupby("method", sort=False)},
-                   xlabel, ylabel, f"{order} order") for order in orders),
-                columns=len(orders), height=4.0, sharey=True)
-    plt.setp(fig.axes[1:], ylabel="")
-    return fig
-
-
 def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score",
                 ylabel="Score [problems solved]"):
     """Score (or regret) along a sweep's x, a panel an order, with 95 % intervals; of one budget,
     where there are several. The rational Score is a band from achievable to plug-in side."""
-    rows = pd.DataFrame(rows)
-    rows = rows if budget is None else rows[rows["budget"] == budget]
+    rows = pd.DataFrame(rows).loc[lambda rows: (budget is None) | (rows["budget"] == budget)]
     words = rows["x"].astype(str).str.replace("-", "\n")
-    place = pd.to_numeric(words, errors="coerce")
-    rows = rows.set_index(place if place.notna().all() else pd.factorize(words)[0])
-    fig = _by_order(rows, [value, f"{value}_low", f"{value}_high"], orders, xlabel, ylabel)
+    rows = rows.set_index(rows["x"] if rows["x"].dtype.kind in "if" else words.factorize()[0])
+    fig = lines(*((None, {method: own[[value, f"{value}_low", f"{value}_high"]] for method, own in
+                          rows[rows["order"] == order].groupby("method", sort=False)},
+                   xlabel, ylabel if order == orders[0] else "", f"{order} order")
+                  for order in orders), columns=len(orders), height=4.0, sharey=True)
     for ax, order in zip(fig.axes, orders, strict=True):
-        ax.set_xticks(rows.index.unique(), words.unique(), fontsize=9)
+        ax.set_xticks(rows.index.unique(), words.unique(), size=9 if words.nunique() > 3 else 11)
         for bound in ("rational", "rational_tagged") if value == "score" else ():
             own = rows[(rows["method"] == bound) & (rows["order"] == order)]
             ax.fill_between(own.index, own["score"], own["plug_in"], alpha=0.25,
@@ -268,24 +237,23 @@ def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score
 
 def position_accuracy(table, budget, orders=ORDERS):
     """Share of right answers by position, a panel an order, with `share_interval`."""
-    shares = table[table["budget"] == budget].groupby(["method", "order", "position"], sort=False)[
-        "correct"].agg(["mean", "size"]).reset_index().set_index("position")
-    shares["low"], shares["high"] = share_interval(shares["mean"], shares["size"])
-    fig = _by_order(shares, ["mean", "low", "high"], orders, "position",
-                    f"right answers ({budget} tokens)")
-    plt.setp(fig.axes, ylim=(-0.03, 1.03), xticks=shares.index.unique())
+    cell = ["budget", "method", "order", "position"]
+    shares = table.groupby(cell, sort=False)["correct"].agg(["mean", "size"]).reset_index()
+    shares["mean_low"], shares["mean_high"] = share_interval(shares["mean"], shares["size"])
+    fig = sweep_lines(shares.rename(columns={"position": "x"}), "position", budget, orders, "mean",
+                      f"right answers ({budget} tokens)")
+    plt.setp(fig.axes, ylim=(-0.03, 1.03))
     return fig
 
 
 def tokens_by_position(records):
     """Mean tokens and right answers by position: a bar an order, a panel a budget; one method's."""
     panels = []
-    for budget, rows in pd.DataFrame(records).groupby("budget"):
-        tokens = rows.set_index("order").filter(regex=r"^tokens_\d+$")
-        right = rows[[name.replace("tokens", "accuracy") for name in tokens]]
-        tokens.columns = [name.replace("tokens_", "position ") for name in tokens]
+    for budget, rows in pd.DataFrame(records).set_index("order").groupby("budget"):
+        tokens, right = (rows.filter(regex=rf"^{what}_\d+$") for what in ("tokens", "accuracy"))
+        tokens.columns = right.columns = tokens.columns.str.replace("tokens_", "position ")
         panels.append((f"Where a budget of {budget} tokens went, by order", tokens,
-                       right.map("{:.0%}".format).to_numpy(), budget))
+                       right.map("{:.0%}".format), budget))
     return strips(panels, "mean tokens spent (dashed: the budget); per cent: right answers",
                   PARTS[1:])
 
@@ -296,7 +264,7 @@ def token_strips(names, costs, budget):
     table.columns = ["preamble", *(f"problem {i}" for i in range(1, table.shape[1]))]
     first = int(not table["preamble"].any())  # no bar, no legend
     table = table.iloc[:, first:]
-    return strips([("", table, table.astype(str).to_numpy(), budget)],
+    return strips([("", table, table.astype(str), budget)],
                   f"tokens (dashed: the budget of {budget})", PARTS[first:])
 
 
@@ -304,41 +272,40 @@ def token_lengths(table, budget, order):
     """Tokens of the problems that were tried, a panel a tier, a row a method: 5, 25, 50, 75 and
     95 % percentiles (of `FEW` problems at least), and who tried, skipped, or had none left."""
     table = table[(table["budget"] == budget) & (table["order"] == order)]
-    tried = table["reached"] & ~table["skipped"]
-    table = table.assign(tried=tried, dry=~tried & ~table["skipped"])
     panels = {}
     for tier in TIERS:
         rows = panels[f"{tier} problems (tried / skipped / budget run dry)"] = {}
         for method, own in table[table["tier"] == tier].groupby("method", sort=False):
-            shares = " / ".join(f"{own[name].mean():.0%}" for name in ("tried", "skipped", "dry"))
-            cost = own["cost"][own["tried"]]
+            parts = own["reached"] & ~own["skipped"], own["skipped"], ~own["reached"]
+            shares = " / ".join(f"{part.mean():.0%}" for part in parts)
+            cost = own["cost"][parts[0]]
             rows[f"{method_look(method)[0]} ({shares})"] = (
                 np.percentile(cost, (5, 25, 50, 75, 95)) if len(cost) >= FEW else [np.nan] * 5)
-    return ranges(panels, f"tokens of a problem that was tried (dashed: the budget of {budget})",
-                  lines={"": budget})
+    fig = ranges(panels, f"tokens of a problem that was tried (dashed: the budget of {budget})",
+                 lines={"": budget})
+    plt.setp(fig.axes, xlim=(0, None))
+    return fig
 
 
 def level_shares(rows):
-    """Shares of the levels, a bar a family, with its share of right samples; `rows` have the
-    columns family, tier, level_0 to level_3, and solve_rate."""
+    """Shares of the levels by family, of rows with family, tier, level_0 to 3 and solve_rate."""
     rows = pd.DataFrame(rows)
     shares = rows.filter(regex=r"^level_\d$").set_axis(
         [f"{r.family} ({r.tier})  {r.solve_rate:.2f}" for r in rows.itertuples()])
     shares.columns = ["Level-0", "Level-1", "Level-2", "Level-3 (skip)"]
-    return strips([("", shares, shares.map("{:.0%}".format).to_numpy(), None)],
-                  "share of problems (beside each family: its share of right samples)", LEVELS)
+    return strips([("", shares, shares.map("{:.0%}".format), None)],
+                  "share of problems (beside each family: its share of right samples)",
+                  [*ACTIONS[1:4], ACTIONS[0]])  # Level-3, the skip, looks like a skip
 
 
 def level_errors(table):
-    """Predicted minus real level of the problems that were tried, by method, with `share_interval`;
-    not those without a tag, nor those that the budget cut, whose real level nobody knows."""
-    tried = table[table["reached"] & ~table["skipped"] & ~table["cut"] & (table["predicted"] >= 0)]
-    error = tried["predicted"].astype(int) - tried["real"].astype(int)
+    """Predicted minus real level by method, of the problems that were tried, tagged and not cut."""
+    tried = table.query("reached and not skipped and not cut and predicted >= 0")
+    error, count = tried["predicted"].astype(int) - tried["real"], tried["method"].value_counts()
     shares = pd.crosstab(error, tried["method"], normalize="columns").reindex(
         range(-3, 4), fill_value=0.0)[tried["method"].unique()]
-    fig = bars([f"{step:+d}" if step else "0" for step in shares.index],
-               {method: [share, *share_interval(share, (tried["method"] == method).sum())]
-                for method, share in shares.items()},
+    fig = bars(["-3", "-2", "-1", "0", "+1", "+2", "+3"],
+               {name: [y, *share_interval(y, count[name])] for name, y in shares.items()},
                "predicted minus real level (below 0: the cost was underestimated)",
                "share of problems finished")
     for text, exact in zip(fig.legends[0].get_texts(), shares.loc[0], strict=True):
@@ -364,34 +331,29 @@ def confusion_matrix(counts, title=""):
 def mft_log(log):
     """How a run of MFT learned, a DataFrame of its `log.csv`: tags, answers, skips."""
     tags = {tier: log[f"tag_{tier}"] for tier in TIERS}
-    rest = {"right, of those tried": log["answer_accuracy"],
-            "hard problems skipped": log["skip_hard"]}
-    return lines((log["step"], tags, "optimizer step", "share of problems", "right tags"),
-                 (log["step"], rest, "optimizer step", "", "answers and skips"), height=3.6)
+    rest = {"right, of those tried": log.answer_accuracy, "hard problems skipped": log.skip_hard}
+    return lines((log.step, tags, "optimizer step", "share of problems", "right tags"),
+                 (log.step, rest, "optimizer step", "", "answers and skips"), height=3.6)
 
 
 def training_curves(logs, columns, window=1):
-    """Columns of training logs, {label: DataFrame of a `log.csv`}, a panel each: means of the last
-    `window` rows measured (NaN is left out)."""
-    fig = lines(*((None, {label: log.set_index("step")[column].dropna().rolling(
+    """Columns of logs, {label: DataFrame}, a panel each: means of the last `window` numbers."""
+    fig = lines(*((None, {label: log.set_index("step")[name].dropna().rolling(
         window, min_periods=1).mean() for label, log in logs.items()}, "step",
-        f"{column} [nats]" if column == "entropy" else column, "") for column in columns),
-        height=2.1)
-    for ax, column in zip(fig.axes, columns, strict=True):
-        share = column in ("level_accuracy", "accuracy", "cut", "no_spread") or "skip_" in column
+        f"{name} [nats]" if name == "entropy" else name, "") for name in columns), height=2.1)
+    for ax, name in zip(fig.axes, columns, strict=True):
+        share = name in ("level_accuracy", "accuracy", "cut", "no_spread") or "skip_" in name
         ax.set_ylim(0, 1.03 if share else None)
     return fig
 
 
 class LiveCurves:
-    """Curves that grow while a training runs: give it to the training loop as `on_step`. `columns`
-    of the log are shown every `every` steps (0: only in `figure()`)."""
+    """Curves that grow with a training, as its `on_step`; drawn `every` so many, or by `figure`."""
 
     def __init__(self, columns, every=0):
         self.columns, self.every, self.rows = columns, every, []
 
     def __call__(self, row):
-        """Take in the log's newest row, a dict."""
         self.rows.append(row)
         if self.every and len(self.rows) % self.every == 0:
             clear_output(wait=True)
@@ -403,23 +365,21 @@ class LiveCurves:
         return training_curves({"run": pd.DataFrame(self.rows)}, self.columns, window)
 
 
-#: What a token is to the loss -> HTML element and look; readable in greyscale and without styles.
-TOKENS = {"not learned": ("span", "color:#767676"),
-          "learned": ("u", "background:#DCEBF7;color:#111;border-bottom:2px solid #0072B2"),
-          "level": ("b", "background:#222;color:#FFF;padding:0 2px"),
-          "padding": ("s", "color:#999")}
+TOKENS = {  # what a token is to the loss: readable in greyscale, and without styles
+    "not learned": '<span style="color:#767676">{}</span>',
+    "learned": '<u style="background:#DCEBF7;color:#111;border-bottom:2px solid #0072B2">{}</u>',
+    "level": '<b style="background:#222;color:#FFF;padding:0 2px">{}</b>',
+    "padding": '<s style="color:#999">{}</s>'}
 
 
 def token_lines(lines, names=None):
     """(label, words, kinds) as text with a look for each kind of word, a key of `TOKENS`, and a
     legend, with other `names`, {kind: name}; IPython's HTML object."""
-    def shown(word, kind):
-        element, look = TOKENS[kind]
-        return f'<{element} style="{look}">{escape(word)}</{element}>'
-
     lines = list(lines)
     used = [kind for kind in TOKENS if any(kind in kinds for _, _, kinds in lines)]
     lines.append(("legend:", [(names or {}).get(kind, kind) for kind in used], used))
-    rows = (f'<div><i style="color:#555">{escape(label)}</i> {" ".join(map(shown, words, kinds))}'
-            "</div>" for label, words, kinds in lines)
-    return HTML(f'<div style="font-family:monospace;line-height:1.8">{"".join(rows)}</div>')
+    html = '<div style="font-family:monospace;line-height:1.8">'
+    for label, words, kinds in lines:
+        shown = " ".join(TOKENS[k].format(escape(w)) for w, k in zip(words, kinds, strict=True))
+        html += f'<div><i style="color:#555">{escape(label)}</i> {shown}</div>'
+    return HTML(html + "</div>")

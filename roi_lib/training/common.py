@@ -1,39 +1,67 @@
-"""What training runs share: a log that goes on, optimizers, checkpoints with a card."""
+"""What training runs share: start, folder, log, optimizers, and the checkpoint with its card."""
 
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import ProgressCallback
 
-from roi_lib.store.files import read_json, write_csv, write_folder, write_json
+from roi_lib.exams import Environment
+from roi_lib.store import checkpoints, files
+from roi_lib.worlds import World
+
+
+def load_start(world: World, checkpoint: str, out: Path) -> tuple[Environment, torch.nn.Module]:
+    """The environment and the float32 model that a stage starts from; `ValueError`: they do not
+    belong together or could not be saved, or `out` is not ours to replace."""
+    files.check_replaceable(out)
+    env = checkpoints.load_environment(world, checkpoint)
+    model = checkpoints.load_model(checkpoint, "float32")
+    checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
+    checkpoints.check_saveable(model)
+    return env, model
+
+
+@contextmanager
+def run_folder(work: Path, recipe, **start) -> Iterator[None]:
+    """Keep `work` to this process, and write down there what the run is, its recipe and `start`;
+    `ValueError`: it holds another run, or another process is at it."""
+    with files.folder_lock(work):
+        path, run = work / "recipe.json", json.loads(json.dumps(asdict(recipe) | start))
+        found = files.read_json(path) if path.exists() else run
+        other = sorted(key for key in found | run if found.get(key) != run.get(key))
+        if other:
+            raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
+                             "another recipe; choose another --work")
+        files.write_json(path, run)
+        yield
 
 
 class TrainingLog:
     """A CSV file of progress; a continued run drops the rows after `last_step`, to come again."""
 
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int = 0) -> None:
         found = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["step"])
         self.path, self.columns = path, list(columns)
         self.rows = found[found["step"] <= last_step].to_dict("records")
         self._begin = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
-        write_csv(path, pd.DataFrame(self.rows, columns=self.columns, dtype=object))
-
-    def seconds(self) -> float:
-        """Seconds that the run has taken, its earlier parts (column `seconds`) included."""
-        return time.monotonic() - self._begin
+        files.write_csv(path, pd.DataFrame(self.rows, columns=self.columns, dtype=object))
 
     def append(self, row: dict[str, float]) -> None:
-        """Add one row; the file is written in one piece. NaN (nothing to count) leaves a gap."""
+        """Add one row, with the `seconds` that the run has taken, its earlier parts included; the
+        file is written in one piece. NaN (nothing to count) leaves a gap."""
+        row = row | {"seconds": time.monotonic() - self._begin}
         self.rows.append({name: round(row[name], 6) for name in self.columns})
-        write_csv(self.path, self.rows)
+        files.write_csv(self.path, self.rows)
 
 
 def check_finite(logs: dict, where: str) -> None:
@@ -43,15 +71,49 @@ def check_finite(logs: dict, where: str) -> None:
             raise FloatingPointError(f"{name} is {logs[name]} at {where}; lower the learning rate")
 
 
-def same_recipe(work: Path, recipe: dict) -> None:
-    """Write down what a run is; `ValueError` where `work` holds another one."""
-    path, recipe = work / "recipe.json", json.loads(json.dumps(recipe))
-    found = read_json(path) if path.exists() else recipe
-    other = sorted(key for key in found | recipe if found.get(key) != recipe.get(key))
-    if other:
-        raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
-                         "another recipe; choose another --work")
-    write_json(path, recipe)
+class Report(ProgressCallback):
+    """Bar and log of a trainer of transformers, by its first process; marks whole checkpoints."""
+
+    def __init__(self, work: Path, columns: Sequence[str]) -> None:
+        super().__init__()
+        self.work, self.columns = work, columns
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Open the log, without the rows that come again."""
+        super().on_train_begin(args, state, control)
+        if state.is_world_process_zero:
+            self.log = TrainingLog(self.work / "log.csv", self.columns, state.global_step)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """The manifest comes last: a checkpoint without it was not written to the end."""
+        args.distributed_state.wait_for_everyone()  # each process has its own file there
+        if state.is_world_process_zero:
+            files.write_manifest(self.work / f"checkpoint-{state.global_step}")
+
+
+def run_trainer(trainer):
+    """Train with a trainer of transformers, on from its newest whole checkpoint.
+
+    Returns the model in eval mode, adapters merged. `OSError`: the disk is full.
+    """
+    state = files.newest_complete(Path(trainer.args.output_dir), "checkpoint-")
+    try:
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
+    except RuntimeError as error:  # torch.save has words of its own for a full disk
+        if not re.search("PytorchStreamWriter failed|unexpected pos|iostream error", str(error)):
+            raise
+        raise OSError(f"{trainer.args.output_dir} could not be written ({error}); make room and "
+                      "run the same command: it goes on from the last checkpoint") from error
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
+
+
+def lora(rank: int):
+    """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
+    from peft import LoraConfig  # takes seconds, and not every training wants it
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+                      task_type="CAUSAL_LM") if rank else None
 
 
 def muon_and_adamw(model, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
@@ -86,30 +148,6 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for o in self.optimizers for group in o.param_groups]  # new ones
 
 
-def lora(rank: int):
-    """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
-    from peft import LoraConfig  # takes seconds, and not every training wants it
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-                      task_type="CAUSAL_LM") if rank else None
-
-
-def run_trainer(trainer, state: Path | None):
-    """Train with a trainer of transformers, on from the checkpoint `state` where there is one.
-
-    Returns the model in eval mode, adapters merged. `OSError`: the disk is full.
-    """
-    try:
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
-    except RuntimeError as error:  # torch.save has words of its own for a full disk
-        if not re.search("PytorchStreamWriter failed|unexpected pos|iostream error", str(error)):
-            raise
-        raise OSError(f"{trainer.args.output_dir} could not be written ({error}); make room and "
-                      "run the same command: it goes on from the last checkpoint") from error
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
-
-
 def markdown_table(table: pd.DataFrame) -> str:
     """A table in Markdown; what is missing becomes `--`."""
     rows = table.astype(object).where(table.notna(), "--").itertuples(index=False)
@@ -117,16 +155,17 @@ def markdown_table(table: pd.DataFrame) -> str:
                      for row in (table.columns, ["---"] * table.shape[1], *rows))
 
 
-def model_card(
-    name: str, base: str | None, log: Path, recipe, *, about: str, made: str, measured: str
-) -> ModelCard:
-    """A checkpoint's card: what it was made from (`base`), and how; with metadata for the hub. Its
-    minutes are those of the training's log, earlier parts of the run included."""
+def publish(out: Path, model, work: Path, recipe, base: str | None, about: str, made: str,
+            measured: str, **documents) -> None:
+    """Write what a run in `work` made of `base`: float32 weights, log, and a card with metadata for
+    the hub; documents as `NAME.json`, tables as `NAME.csv`. A tokenizer that came with the base
+    goes to its heir too, which would otherwise be read with the world's."""
+    tokenizer = checkpoints.own_tokenizer(base) if base else None
+    minutes = pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum() / 60
     data = ModelCardData(license="mit", base_model=base, tags=["roi-reasoning"])
-    minutes = pd.read_csv(log)["seconds"].iloc[-1:].sum() / 60
-    return ModelCard(f"""---\n{data}\n---
+    card = ModelCard(f"""---\n{data}\n---
 
-# {name}
+# {out.name}
 
 {about} Licence: MIT, as the repository.
 
@@ -140,22 +179,15 @@ def model_card(
 {measured}
 """)
 
-
-def write_checkpoint(out: Path, model, log: Path, card: ModelCard, tokenizer=None, **documents):
-    """Write what a run made: weights, `log.csv`, card; documents as `NAME.json`, tables as `.csv`.
-
-    A tokenizer that came with the start goes to its heir too, which would otherwise be read with
-    the world's (see `store.checkpoints.own_tokenizer`).
-    """
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
+        model.float().save_pretrained(folder)
+        if tokenizer:
             tokenizer.save_pretrained(folder)
-        shutil.copy(log, folder / "log.csv")
+        shutil.copy(work / "log.csv", folder)
         card.save(folder / "README.md")
         for name, value in documents.items():
             table = isinstance(value, pd.DataFrame)
-            (write_csv if table else write_json)(
+            (files.write_csv if table else files.write_json)(
                 folder / f"{name}.{'csv' if table else 'json'}", value)
 
-    write_folder(out, fill)
+    files.write_folder(out, fill)

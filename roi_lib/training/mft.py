@@ -1,20 +1,15 @@
-"""MFT from a checkpoint to a checkpoint (paper, section on MFT).
-
-    fine_tune    TRL's SFTTrainer on the rows of `roi_lib.mft`, with LoRA where the recipe says so
-    calibrate    how well a tagged model knows itself
-    train_mft    all of the stage: sample, label, fine-tune, measure, publish
-"""
+"""MFT from a checkpoint to a checkpoint (paper, section on MFT): `train_mft` samples, labels,
+fine-tunes with TRL's SFTTrainer, measures how well the model knows itself, and publishes."""
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from roi_lib import mft
@@ -24,12 +19,14 @@ from roi_lib.exams import Environment, draw_papers, in_orders, tag
 from roi_lib.generation import Engine
 from roi_lib.problems import Problem
 from roi_lib.sitting import sit
-from roi_lib.store import checkpoints, files
+from roi_lib.store.checkpoints import model_hash
 from roi_lib.store.sources import load_pool
 from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, MFTRecipe, World
 
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
+COLUMNS = ("step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
+           "skip_rate", "skip_hard", "answer_accuracy", "seconds")  # of the log
 
 
 def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
@@ -66,17 +63,14 @@ class TagTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class DevLog(ProgressCallback):
-    """Has the model sit unseen exams now and then, and logs; marks whole checkpoints as whole."""
+class DevLog(common.Report):
+    """Has the model sit unseen exams of the training split before each row of the log."""
 
-    def __init__(self, env: Environment, recipe: MFTRecipe, work: Path, last_step: int, pool=None):
-        super().__init__()
+    def __init__(self, env: Environment, recipe: MFTRecipe, work: Path, pool=None) -> None:
+        super().__init__(work, COLUMNS)
         papers = draw_papers(env.world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
                              pool=pool)
         self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
-        self.log = common.TrainingLog(work / "log.csv", (
-            "step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
-            "skip_rate", "skip_hard", "answer_accuracy", "seconds"), last_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step is logged, whatever its number."""
@@ -92,15 +86,11 @@ class DevLog(ProgressCallback):
         row = rates(sit(self.env, engine_for(model, self.env.tokenizer), self.exams,
                         2 * max(self.env.world.budgets), style="roi", seed=1))
         model.train()
-        row |= {"step": state.global_step, "loss": float(logs["loss"]),
-                "rate": float(logs["learning_rate"]) / args.learning_rate,
-                "answer_accuracy": row["tried_right"], "seconds": self.log.seconds()}
-        self.log.append(row)
-        self.training_bar.set_postfix(loss=row["loss"], tags=row["tag_accuracy"], refresh=False)
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        """The manifest comes last: a checkpoint without it was not written to the end."""
-        files.write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.log.append(row | {
+            "step": state.global_step, "loss": float(logs["loss"]),
+            "rate": float(logs["learning_rate"]) / args.learning_rate,
+            "answer_accuracy": row["tried_right"]})
+        self.training_bar.set_postfix(loss=logs["loss"], tags=row["tag_accuracy"], refresh=False)
 
 
 def sft_config(recipe: MFTRecipe, work: Path) -> SFTConfig:
@@ -120,25 +110,22 @@ def sft_config(recipe: MFTRecipe, work: Path) -> SFTConfig:
 
 def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe, work: Path,
               pool: Sequence[Problem] | None = None):
-    """Train on the rows in their order with TRL's SFTTrainer; returns the model, adapters merged.
-
-    Continues from the newest whole checkpoint below `work`, and keeps `log.csv` there.
-    `FloatingPointError`: NaN or infinite loss, gradient, or logits of the dev exams.
-    """
-    state, optimizer = files.newest_complete(work, "checkpoint-"), None
-    log = DevLog(env, recipe, work, int(state.name.split("-")[1]) if state else 0, pool)
+    """Train on the rows in their order, on from the newest whole checkpoint in `work`, and keep
+    `log.csv` there; returns the model, adapters merged. `FloatingPointError`: see `DevLog`."""
     if not rows:  # no steps
+        common.TrainingLog(work / "log.csv", COLUMNS)
         return model
-    if recipe.muon_rate:  # else the trainer's own AdamW
+    optimizer = None  # the trainer's own AdamW
+    if recipe.muon_rate:
         muon, adamw = common.muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)
         optimizer = common.CombinedOptimizer([adamw, muon])  # the first one's rate is logged
     trainer = (SFTTrainer if recipe.tag_weight == 1 else TagTrainer)(
-        model, sft_config(recipe, work), train_dataset=as_dataset(rows), callbacks=[log],
+        model, sft_config(recipe, work), train_dataset=as_dataset(rows),
         processing_class=env.tokenizer, peft_config=common.lora(recipe.lora_rank),
-        optimizers=(optimizer, None))
+        callbacks=[DevLog(env, recipe, work, pool)], optimizers=(optimizer, None))
     trainer.token_weights = token_weights(env, recipe)
     trainer.remove_callback(PrinterCallback)  # it prints what the log holds
-    return common.run_trainer(trainer, state)
+    return common.run_trainer(trainer)
 
 
 def label_statistics(targets: Sequence[mft.Target]) -> pd.DataFrame:
@@ -157,10 +144,10 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
     """How well a tagged model knows itself: unseen papers, the orders in turn, an ample budget.
 
     What a problem should have been labelled comes from `k` samples of the base model alone, as in
-    training. Returns shares, JSON-ready: `tag_accuracy` by tier and position (problems tried),
-    `answer_accuracy` of both models, `skip_rate` and `refused` (Level-3 labels) by tier,
-    `confusion` [predicted][real] (problems tried), `false_skips` (mean solve rate of the skipped)
-    and `missed_skips` (of the tried, what no sample solved). None: nothing to count.
+    training. Returns shares, JSON-ready (None: nothing to count): `tag_accuracy` of problems tried,
+    by tier and position; by tier `answer_accuracy` of both models, `skip_rate` and `refused`
+    (Level-3 labels); `confusion` [predicted][real] of problems tried; `false_skips`, the mean solve
+    rate of the skipped; `missed_skips`, what no sample solved of the tried.
     """
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
     ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
@@ -194,40 +181,46 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
         "false_skips": share(skipped["solve_rate"]), "missed_skips": share(tried["refused"])}
 
 
+def measured(labels: Sequence[dict], calibration: dict | None = None) -> str:
+    """What a card says of labels and calibration, in Markdown."""
+    words = "**Labels** of the training problems (`labels.json`):\n\n" + common.markdown_table(
+        pd.DataFrame(labels))
+    if calibration is None:
+        return words + "\n\nNot measured (`card_papers=0`)."
+    by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
+    table = common.markdown_table(pd.DataFrame(by_tier).rename_axis("tier").reset_index())
+    return words + """\
+
+
+**Measured** on {papers} unseen papers (seed {seed}), orders in turn, ample budget: right tags by
+position (of problems tried), right answers, skips, and what {samples} samples of the base would
+have refused. Solve rate of the base where this model skips: {false_skips}; of what it tries, no
+sample of the base solved {missed_skips}. More is in `calibration.json`.
+
+""".format(**calibration) + table
+
+
 def train_mft(
     world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
     engine: str = "torch", root: Path | None = None,
 ) -> None:
-    """The whole stage: sample, align, train, measure, write the checkpoint to `out`.
+    """The whole stage, from `checkpoint` (the world's base) to one in `out`. `work` keeps samples,
+    log and the trainer's states, and a run found there goes on. No steps: the start is measured.
 
-    `work` keeps samples, log and the trainer's states; a run found there goes on where it stopped.
-    Without any steps the start is measured and published.
-
-    Args:
-        checkpoint: the model to start from; the world's base.
-        engine: samples the answers (see `engines.make_engine`).
-        root: local folder of the datasets.
-
-    Raises:
-        ValueError: before any work where `out` is not ours to replace, or the start does not fit;
-            `work` holds another run, or another process is at it.
-        FloatingPointError: NaN or infinite logits, loss or gradient.
+    `engine` samples the answers (see `engines.make_engine`); `root` is the datasets' folder.
+    `ValueError`, before any work: see `common.load_start`, `common.run_folder`, `token_weights`.
+    `FloatingPointError`: NaN or infinite logits, loss or gradient.
     """
     checkpoint = checkpoint or world.method("base").checkpoint
-    files.check_replaceable(out)
-    env = checkpoints.load_environment(world, checkpoint)
-    model = checkpoints.load_model(checkpoint, "float32")
-    checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
-    checkpoints.check_saveable(model)
+    env, model = common.load_start(world, checkpoint, out)
     mft.tag_tokens(env)
     token_weights(env, recipe)
     pool = load_pool(world, "train", root)
     papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1,
                          pool=load_pool(world, "test", root)) if recipe.card_papers else []
-    run = {"world": world.name, "model": checkpoints.model_hash(checkpoint)}
-    with files.folder_lock(work):
-        common.same_recipe(work, asdict(recipe) | run)
-        base = make_engine(engine, checkpoint, env.tokenizer, "auto")  # as it was trained
+    run = {"world": world.name, "model": model_hash(checkpoint)}
+    with common.run_folder(work, recipe, **run):
+        base = make_engine(engine, checkpoint, env.tokenizer)  # in the dtype it was trained in
         log = RunLog(work / "samples.jsonl",
                      run | {"method": "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
@@ -237,37 +230,14 @@ def train_mft(
                    for pair in zip(problems, samples, strict=True)]
         rows = mft.curriculum(env, targets, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
-        labels, calibration = label_statistics(targets), None
+        documents = {"labels": label_statistics(targets).to_dict("records")}
         if papers:
-            tagged = engine_for(model.to(base.model.dtype) if engine == "torch" else model,
-                                env.tokenizer)
-            calibration = calibrate(env, base, tagged, papers, recipe.samples, recipe.seed + 1)
-        card = common.model_card(
-            out.name, checkpoint, work / "log.csv", recipe,
+            tagged = model.to(base.model.dtype) if engine == "torch" else model
+            documents["calibration"] = calibrate(env, base, engine_for(tagged, env.tokenizer),
+                                                 papers, recipe.samples, recipe.seed + 1)
+        common.publish(
+            out, model, work, recipe, checkpoint, measured=measured(**documents), **documents,
             about="It predicts the level of each problem's cost, then solves it or skips it. From "
             f"`{checkpoint}`, by Meta-Cognitive Fine-Tuning; style `roi`.",
             made=f"`roi_lib train mft --world {world.name}`: {len(rows):,} rows, "
-            f"{sum(map(len, rows)) / 1e6:.1f} million tokens",
-            measured=measured(labels, calibration))
-        documents = {"labels": labels.to_dict("records")}
-        if calibration:
-            documents["calibration"] = calibration
-        common.write_checkpoint(out, model.float(), work / "log.csv", card,
-                                checkpoints.own_tokenizer(checkpoint), **documents)
-
-
-def measured(labels: pd.DataFrame, calibration: dict | None) -> str:
-    """What a card says of labels and calibration, in Markdown."""
-    words = ("**Labels** of the training problems (`labels.json`), with the share of samples that "
-             f"are right within the top level:\n\n{common.markdown_table(labels)}\n\n")
-    if calibration is None:
-        return words + "Not measured (`card_papers=0`)."
-    by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
-    table = common.markdown_table(pd.DataFrame(by_tier).rename_axis("tier").reset_index())
-    return words + """\
-**Measured** on {papers} unseen papers (seed {seed}), orders in turn, temperature 1, ample budget
-(`calibration.json`): right tags by position (of problems tried), right answers, skips, and what
-{samples} samples of the base would have refused. Solve rate of the base where this model skips:
-{false_skips}; of what it tries, no sample of the base solved {missed_skips}.
-
-""".format(**calibration) + table
+            f"{sum(map(len, rows)) / 1e6:.1f} million tokens")

@@ -1,0 +1,96 @@
+"""The models that a run kept: which exam is shown, and what is counted of the others."""
+
+import json
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import SMALL_RARL, tiny_model
+
+from roi_lib.engines.replay import ReplayEngine
+from roi_lib.exams import Exam, draw_papers, in_orders, tag
+from roi_lib.experiments import snapshots
+from roi_lib.store.files import DATA
+from roi_lib.training.rarl import train
+from roi_lib.worlds import ORDERS, POCKET
+
+
+def test_probabilities_of_a_skip_are_those_of_its_tokens_one_by_one(env, model):
+    exam = Exam(draw_papers(POCKET, 1, split="train")[0], "easy")
+    routes = snapshots.skip_routes(env, model, exam, 64)
+    for level in range(4):
+        chances, ids = [], list(env.prompt(exam, 64, "roi"))
+        opening = f"Q1.\n{tag(level)}"
+        for token in env.encode(f"{opening} \\boxed{{NA}}"):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            chances.append(logits.softmax(-1)[token].item())
+            ids.append(token)
+        n = len(env.encode(opening))
+        assert routes["skip"][level] == pytest.approx(math.prod(chances), rel=1e-6)
+        assert routes["tag"][level] == pytest.approx(math.prod(chances[:n]), rel=1e-6)
+
+
+def test_the_exam_shown_is_the_first_whose_first_problem_takes_all(env, refusal):
+    papers = draw_papers(POCKET, 4, seed=3)
+    long = "1" + " + 1" * 40
+    words = ["Q1. \\boxed{NA}", f"Q1. 1 Q2. {long}", f"Q1. {long}", f"Q1. 2 {long}"]
+    responses = {env.prompt(exam, 64, "roi"): env.encode(text) for exam, text in zip(
+        in_orders(papers, ["hard"], 0), words, strict=True)}
+    engine = ReplayEngine(responses, env.tokenizer.eos_token_id)
+    assert snapshots.find_example(env, engine, papers) == 2
+    assert "give more --papers" in refusal(snapshots.find_example, env, engine, papers[:2])
+
+
+def test_hard_problems_are_counted_by_position():
+    """Right with the right tag, a skip under its own tag and another, cut, and never reached."""
+    hard = pd.DataFrame({
+        "position": [3] * 5 + [1], "skipped": [False, True, True, False, False, False],
+        "predicted": [1, 3, 2, 1, -1, -1], "real": [1, 3, 3, 1, 0, 0],
+        "correct": [True] + [False] * 5, "answer": ["5", "NA", "NA", None, None, None],
+        "reached": [True] * 4 + [False] * 2}).assign(tier="hard", failed="")
+    table = pd.concat([hard, hard.assign(tier="easy")])
+    assert snapshots.hard_problems(table) == [
+        {"position": 1, "problems": 1, "skipped": 0, "tagged": None, "tried": 0, "right": None,
+         "level": None, "reward": 0},
+        {"position": 3, "problems": 5, "skipped": 0.4, "tagged": 0.5, "tried": 0.4, "right": 0.5,
+         "level": 1, "reward": 0.2}]
+
+
+@pytest.fixture(scope="module")
+def runs(env, tmp_path_factory):
+    """Work folders of runs of one step: what they kept is their name; `other` starts elsewhere."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, kept, dtype in (("none", (), torch.float32), ("0", (0,), torch.float32),
+                              ("1", (1,), torch.float32), ("other", (), torch.float64)):
+        train(env, tiny_model(env.tokenizer).to(dtype), replace(
+            SMALL_RARL, steps=1, snapshots=kept), folder / name)
+    return folder
+
+
+def test_runs_without_snapshots_or_of_different_starts_are_refused(runs, refusal):
+    assert "none has no snapshots; name the --work" in refusal(
+        snapshots.find_snapshots, [runs / "none"])
+    assert "had different starts" in refusal(
+        snapshots.find_snapshots, [runs / "0", runs / "other"])
+    with pytest.raises(FileNotFoundError):
+        snapshots.find_snapshots([runs / "nowhere"])
+
+
+def test_every_model_that_was_kept_is_looked_at(runs, env, monkeypatch):
+    monkeypatch.setattr(snapshots, "find_example", lambda *_: 1)
+    monkeypatch.setattr(snapshots, "load_environment", lambda _: env)
+    found = snapshots.snapshot_report(POCKET, [runs / "1", runs / "0"], 2, seed=1)
+    (exam,) = in_orders(draw_papers(POCKET, 2, seed=1)[1:], ["hard"], 1)
+    assert found["ids"] == [p.id for p in exam.problems] and found["budget"] == 64
+    assert [step["step"] for step in found["steps"]] == [0, 1]
+    for step in found["steps"]:
+        assert sum(p["cost"] for p in step["problems"]) <= len(step["ids"]) <= 64
+        assert sum(row["problems"] for row in step["hard"]) == 2 * len(ORDERS) * 2
+    shipped = json.loads((DATA / "rarl-snapshots.json").read_text())
+    for ours, theirs in ((found, shipped), (found["steps"][0], shipped["steps"][0]),
+                         (found["steps"][0]["hard"][0], shipped["steps"][0]["hard"][0]),
+                         (found["steps"][0]["problems"][0], shipped["steps"][0]["problems"][0])):
+        assert list(json.loads(json.dumps(ours))) == list(theirs), "as the notebook reads it"
