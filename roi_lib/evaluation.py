@@ -36,9 +36,8 @@ def resample_counts(n: int, seed: int) -> np.ndarray:
     return rng.multinomial(n, np.full(n, 1 / n), BOOTSTRAP_RESAMPLES).astype(float)
 
 
-def paired_interval(
-    columns: Sequence[np.ndarray], statistic: Callable, seed: int = 0
-) -> tuple[float, float]:
+def paired_interval(columns: Sequence[np.ndarray], statistic: Callable,
+                    seed: int = 0) -> tuple[float, float]:
     """95 % interval of a statistic of the means of columns that hold one number an exam.
 
     All columns share each resample, so differences and ratios of columns are paired. (NaN, NaN)
@@ -60,9 +59,8 @@ def paired_interval(
     return float(low), float(high)
 
 
-def with_interval(
-    name: str, columns: Sequence[np.ndarray], statistic: Callable, seed: int = 0
-) -> dict[str, float]:
+def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
+                  seed: int = 0) -> dict[str, float]:
     """NAME, NAME_low and NAME_high of a statistic of the columns' means."""
     low, high = paired_interval(columns, statistic, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -71,21 +69,13 @@ def with_interval(
             f"{name}_low": low, f"{name}_high": high}
 
 
-def paired_difference(
-    a: np.ndarray, b: np.ndarray, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
+def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, tuple]:
     """Mean of a - b, points of the same papers in the same sequence, and its interval."""
     return float(np.mean(a) - np.mean(b)), paired_interval([a, b], lambda x, y: x - y, seed)
 
 
-def regret(score: float, score_easy: float) -> float:
-    """(Score_easy - Score) / Score_easy; NaN where nothing is solved in the easy order."""
-    return (score_easy - score) / score_easy if score_easy > 0 else np.nan
-
-
-def regret_difference(
-    a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: np.ndarray, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
+def regret_difference(a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: np.ndarray,
+                      seed: int = 0) -> tuple[float, tuple]:
     """Regret of method a minus that of b, and its interval.
 
     All four are points of the same papers in the same sequence: each method's in the order in
@@ -176,9 +166,8 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     }
 
 
-def shortfall(
-    points: np.ndarray, bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0
-) -> dict[str, float]:
+def shortfall(points: np.ndarray, bound: pd.DataFrame, easy: pd.DataFrame,
+              seed: int = 0) -> dict[str, float]:
     """What a method leaves behind, beside V*, the achievable side of the bound: its `points`, one
     number a paper, in the order of `bound`, and the bound of the same papers in the easy order."""
     columns = [points, bound["achievable"].to_numpy(), easy["achievable"].to_numpy()]

@@ -29,21 +29,11 @@ class Exam:
     order: str
 
 
-def draw_papers(
-    world: World,
-    n_papers: int,
-    n_problems: int = 3,
-    split: str = "test",
-    seed: int = 0,
-    pool: Sequence[Problem] | None = None,
-    tiers: Sequence[str] | None = None,
-) -> list[tuple[Problem, ...]]:
-    """Papers of `n_problems` each, tiers in turn (one of each for three), from easy to hard.
-
-    Args:
-        pool: problems to draw from, where the world does not generate its own.
-        tiers: the mix instead, one tier a problem; `n_problems` does not count then.
-    """
+def draw_papers(world: World, n_papers: int, n_problems: int = 3, split: str = "test",
+                seed: int = 0, pool: Sequence[Problem] | None = None,
+                tiers: Sequence[str] | None = None) -> list[tuple[Problem, ...]]:
+    """Papers of `n_problems` each, tiers in turn (one of each for three), from easy to hard; or of
+    these `tiers`, one a problem. `pool`: to draw from, where problems are not generated."""
     tiers = tiers or [TIERS[i % len(TIERS)] for i in range(n_problems)]
     if n_papers < 1 or not tiers:
         raise ValueError(f"cannot draw {n_papers} papers of {n_problems} problems: "
@@ -85,9 +75,7 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
             return tuple(shuffled)
 
 
-def in_orders(
-    papers: Sequence[Sequence[Problem]], orders: Sequence[str], seed: int
-) -> list[Exam]:
+def in_orders(papers: Sequence[Sequence[Problem]], orders: Sequence[str], seed: int) -> list[Exam]:
     """An exam of each paper, the orders taken in turn; `seed` is of the medium ones."""
     return [Exam(order_problems(paper, order, f"{seed}/{i}"), order)
             for i, (paper, order) in enumerate(zip(papers, cycle(orders), strict=False))]

@@ -137,13 +137,9 @@ class CachedDecoder:
 class TorchEngine(Engine):
     """Batched, cached decoding with any causal language model, on its own device.
 
-    Each distinct prompt of a batch is read once; then all rows decode in lock step, and finished
-    rows leave the batch. Every row has a random stream of its own, with one uniform number a token.
-
-    Args:
-        eos_ids: token ids that end a response (a model may have several).
-        pad_id: id that fills up prompts of one batch; never charged.
-        max_rows: rows decoded at a time (memory grows with it).
+    Each distinct prompt of a batch is read once; then all rows, `max_rows` at most, decode in lock
+    step, and finished rows leave the batch. Every row has a random stream of its own, with one
+    uniform number a token. `pad_id` fills up prompts of one batch, and is never charged.
     """
 
     Decoder = CachedDecoder

@@ -77,11 +77,6 @@ class Instance:
     def __len__(self):
         return len(self.classes)
 
-    def reordered(self, order) -> "Instance":
-        """The same exam with problem order[0] first, order[1] second, ... (a permutation)."""
-        require(sorted(order) == list(range(len(self))), f"order: {order} is no permutation")
-        return Instance(self.budget, [self.classes[i] for i in order])
-
 
 class Solution:
     """`value_function[i, b]`, (N + 1, B + 1): best expected reward from problem i on with b tokens
@@ -286,7 +281,8 @@ def best_order(instance: Instance) -> tuple[tuple[int, ...], float]:
     require(len(given) <= 7, f"best_order: too many orders of {len(given)} problems, 7 at most")
     best = given, solve(instance).value
     for backwards in permutations(given):
-        value = solve(instance.reordered(backwards[::-1])).value
+        some = [instance.classes[i] for i in backwards[::-1]]
+        value = solve(Instance(instance.budget, some)).value
         if value > best[1] + TIE * instance.max_score:
             best = backwards[::-1], value
     return best

@@ -211,9 +211,8 @@ def is_generated(world: World) -> bool:
     return all(name in FAMILIES for names in world.families.values() for name in names)
 
 
-def problem_stream(
-    world: World, tier: str, split: str, seed: int, pool: Sequence[Problem] | None = None
-) -> Iterator[Problem]:
+def problem_stream(world: World, tier: str, split: str, seed: int,
+                   pool: Sequence[Problem] | None = None) -> Iterator[Problem]:
     """An endless seeded stream of one tier's problems.
 
     Generated families alternate at random and are drawn afresh. A pool, which a world of datasets

@@ -41,9 +41,8 @@ def step_seed(recipe: RARLRecipe, step: int) -> int:
     return recipe.seed * 1_000_000 + step
 
 
-def training_exams(
-    world: World, recipe: RARLRecipe, step: int, pool: Sequence[Problem] | None = None
-) -> tuple[list[Exam], int]:
+def training_exams(world: World, recipe: RARLRecipe, step: int,
+                   pool: Sequence[Problem] | None = None) -> tuple[list[Exam], int]:
     """The exams of one step, from the training split, and the budget they are all sat under."""
     seed = step_seed(recipe, step)
     rng = random.Random(f"{seed}/orders")
@@ -52,10 +51,8 @@ def training_exams(
     return in_orders(papers, orders, seed), recipe.budgets[step % len(recipe.budgets)]
 
 
-def roll_out(
-    env: Environment, engine: Engine, exams: Sequence[Exam], budget: int, recipe: RARLRecipe,
-    step: int, numbers: Sequence[int] | None = None,
-) -> pd.DataFrame:
+def roll_out(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int,
+             recipe: RARLRecipe, step: int, numbers: Sequence[int] | None = None) -> pd.DataFrame:
     """Sit every exam `recipe.rollouts` times under `budget` tokens: `sitting`'s table + `reward`.
 
     `numbers`: which of the step's exams these are, if not all; random numbers follow from them.
@@ -93,11 +90,6 @@ def exam_rewards(table: pd.DataFrame) -> torch.Tensor:
     return torch.tensor(sums.to_numpy().tolist())
 
 
-def has_spread(rewards: torch.Tensor) -> bool:
-    """Whether a group teaches anything: two different rewards, NaN aside."""
-    return len(rewards[~rewards.isnan()].unique()) > 1
-
-
 def advantages(rewards: torch.Tensor, scale: str = "none") -> torch.Tensor:
     """How much better than its group each rollout did; both [exams, rollouts].
 
@@ -112,10 +104,8 @@ def advantages(rewards: torch.Tensor, scale: str = "none") -> torch.Tensor:
     return centred / (variance.sqrt() + 1e-4)
 
 
-def policy_loss(
-    logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, longest: int,
-    normalizer: str = "constant",
-) -> torch.Tensor:
+def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, longest: int,
+                normalizer: str = "constant") -> torch.Tensor:
     """The loss to be lowered, a mean over rows. On policy its *gradient* is what tells.
 
     `logprobs` are of the response tokens, and `mask` is 1 for each (padding: 0), [rows, length];
@@ -128,9 +118,8 @@ def policy_loss(
     return -(advantages * sums / lengths).mean()
 
 
-def completion_logprobs(
-    model, prompt: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_logprobs(model, prompt: torch.Tensor, ids: torch.Tensor,
+                        temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each response token, and entropy there in nats; both [rows, length].
 
     The prompt is computed once: its keys and values are repeated for the rows, with gradient.
@@ -155,9 +144,8 @@ def pad_right(rows: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor,
     return ids.to(device), mask.to(device)
 
 
-def group_gradient(
-    model, group: pd.DataFrame, advantage: torch.Tensor, share: float, recipe: RARLRecipe
-) -> tuple[float, float]:
+def group_gradient(model, group: pd.DataFrame, advantage: torch.Tensor, share: float,
+                   recipe: RARLRecipe) -> tuple[float, float]:
     """Add one group's part to the gradient of the whole batch's loss.
 
     Rollouts that came out the same are computed once, with their advantages added up. `share`: the
@@ -189,7 +177,7 @@ def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0
     rewards, loss, entropies = exam_rewards(table), 0.0, []
     weights = advantages(rewards, recipe.scale)
     for i, (_, group) in enumerate(responses(table).groupby("exam")):
-        if not has_spread(rewards[i]):
+        if len(rewards[i][~rewards[i].isnan()].unique()) < 2:
             continue
         part, entropy = group_gradient(model, group, weights[i], 1 / rewards.numel(), recipe)
         if not math.isfinite(part):
@@ -201,10 +189,8 @@ def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0
             "entropy": sum(entropies) / len(entropies) if entropies else math.nan}
 
 
-def train_step(
-    env: Environment, model, engine: Engine, optimizer, recipe: RARLRecipe, step: int,
-    pool: Sequence[Problem] | None = None,
-) -> tuple[pd.DataFrame, dict[str, float]]:
+def train_step(env: Environment, model, engine: Engine, optimizer, recipe: RARLRecipe, step: int,
+               pool: Sequence[Problem] | None = None) -> tuple[pd.DataFrame, dict[str, float]]:
     """One step, from 0: rollouts, rewards, advantages, one update (none without any spread).
 
     `engine` samples from `model` as it is now. Returns the rollouts; and what `batch_gradient`

@@ -81,10 +81,9 @@ def check_samples(samples: int, folds: int = FOLDS) -> None:
                          f"two at least; give a multiple of {folds}")
 
 
-def sample_outcomes(
-    env: Environment, engine: Engine, papers: Sequence[Sequence[Problem]], budget: int,
-    samples: int = SAMPLES, temperature: float = 1.0, seed: int = 0,
-) -> Outcomes:
+def sample_outcomes(env: Environment, engine: Engine, papers: Sequence[Sequence[Problem]],
+                    budget: int, samples: int = SAMPLES, temperature: float = 1.0,
+                    seed: int = 0) -> Outcomes:
     """`samples` attempts at every problem of every paper, alone, under the direct prompt; one that
     the budget cuts costs all of it. All papers have the same number of problems."""
     alone = [Exam((p,), "easy") for paper in papers for p in paper for _ in range(samples)]
@@ -98,10 +97,8 @@ def sample_outcomes(
         tag=env.smallest_budget - len(env.encode(header)))
 
 
-def rational_bounds(
-    outcomes: Outcomes, places: Mapping[str, np.ndarray], budgets: Sequence[int],
-    folds: int = FOLDS,
-) -> pd.DataFrame:
+def rational_bounds(outcomes: Outcomes, places: Mapping[str, np.ndarray], budgets: Sequence[int],
+                    folds: int = FOLDS) -> pd.DataFrame:
     """The rational test-taker in points, a row a (budget, order, exam), which are the index.
 
     Columns: achievable, plug_in, by_family, hindsight (see the module); of the achievable side, by
@@ -149,9 +146,8 @@ def solves(solutions: Sequence[Solution]) -> np.ndarray:
     return np.stack([s.policy == 1 for s in solutions])
 
 
-def follow(
-    solve: np.ndarray, cost: np.ndarray, correct: np.ndarray, skip: int, budget: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def follow(solve: np.ndarray, cost: np.ndarray, correct: np.ndarray, skip: int,
+           budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Exact expectations under policies (see `solves`), over all combinations of the attempts:
     accuracy, share skipped and tokens by position, each [papers, problems]."""
     row = np.arange(len(cost))[:, None]

@@ -34,18 +34,9 @@ from roi_lib.generation import Engine, Request, Rollout
 from roi_lib.grading import grade
 
 
-def sit(
-    env: Environment,
-    engine: Engine,
-    exams: Sequence[Exam],
-    budget: int,
-    n: int = 1,
-    style: str = "direct",
-    temperature: float = 1.0,
-    seed: int = 0,
-    streams: Sequence[tuple[int, ...]] | None = None,
-    cap: int | None = None,
-) -> pd.DataFrame:
+def sit(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int, n: int = 1,
+        style: str = "direct", temperature: float = 1.0, seed: int = 0,
+        streams: Sequence[tuple[int, ...]] | None = None, cap: int | None = None) -> pd.DataFrame:
     """Sit every exam `n` times under one hard budget in tokens; the table is described above.
 
     Args:
@@ -70,10 +61,9 @@ def sit(
     return tabulate(env, exams, budget, rollouts, [request.prompt for request in requests])
 
 
-def tabulate(
-    env: Environment, exams: Sequence[Exam], budget: int,
-    rollouts: Sequence[Sequence[Rollout]], prompts: Sequence[tuple[int, ...]] | None = None,
-) -> pd.DataFrame:
+def tabulate(env: Environment, exams: Sequence[Exam], budget: int,
+             rollouts: Sequence[Sequence[Rollout]],
+             prompts: Sequence[tuple[int, ...]] | None = None) -> pd.DataFrame:
     """The table of responses, a list of rollouts an exam; equal responses are read once."""
     world, rows, pairs = env.world, [], []
     for i, (exam, some) in enumerate(zip(exams, rollouts, strict=True)):

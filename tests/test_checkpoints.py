@@ -81,7 +81,7 @@ def test_what_names_nothing_is_one_sentence(refusal, name):
 
 def test_an_unknown_dtype_is_one_sentence(refusal):
     for dtype in ("float9", "Tensor", ""):
-        assert "'pocket-base' cannot be loaded" in refusal(load_model, "pocket-base", dtype)
+        assert f"unknown dtype {dtype!r}; name float32" in refusal(load_model, "pocket-base", dtype)
     model = load_model("pocket-base", "float64")
     assert model.dtype == torch.float64 and model.num_parameters() <= 3_000_000
 

@@ -84,13 +84,6 @@ def test_statements_are_data_and_never_become_control_tokens(envs, world, case):
     assert list(prompt[-3:]) == chat[-3:], "the statement ends where the user's turn does"
 
 
-def test_a_budget_holds_a_header_with_a_tag(env, refusal):
-    assert env.smallest_budget == len(env.encode(f"Q1. {tag(3)}")) == 5
-    env.check_budget(5)
-    for budget in (4, 0, -1):
-        assert f"budget {budget} is smaller" in refusal(env.check_budget, budget)
-
-
 @pytest.mark.parametrize(("world", "style"), [
     (world.name, style) for world in (POCKET, PAPER) for style in world.prompts])
 def test_reference_responses_read_back(envs, world, style):
@@ -103,13 +96,16 @@ def test_reference_responses_read_back(envs, world, style):
         assert response.revisits == 0 and not any(s.level for s in response.segments)
 
 
-def test_costs_are_token_exact(env):
+def test_costs_are_token_exact_and_a_budget_holds_a_header_with_a_tag(env, refusal):
     response = read(env, f"Q1. {tag(1)} 3 + 4 = 7. \\boxed{{7}} Q3. \\boxed{{NA}}")
     assert [s.cost for s in response.segments] == [14, 0, 5]
     assert [s.level for s in response.segments] == [1, None, None]
     assert [s.skipped for s in response.segments] == [False, False, True]
     assert read(env, "").total == 0
     assert read(env, "7 = \\boxed{7}", n=1).segments[0].answer == "7", "alone, without a header"
+    env.check_budget(len(env.encode(f"Q1. {tag(3)}")))
+    for budget in (4, 0, -1):
+        assert "give at least 5 tokens" in refusal(env.check_budget, budget)
 
 
 @pytest.mark.parametrize(("words", "answer", "level"), [

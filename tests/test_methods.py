@@ -4,23 +4,16 @@ import json
 import os
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from roi_lib.engines import EngineConfig
 from roi_lib.engines.replay import reference_response
 from roi_lib.exams import draw_papers, tag
-from roi_lib.experiments.methods import (
-    Comparison,
-    default_workers,
-    find_methods,
-    run_knapsack,
-    run_method,
-    run_methods,
-)
+from roi_lib.experiments import methods
+from roi_lib.experiments.methods import Comparison, run_method, run_methods
 from roi_lib.generation import Engine, within_budget
-from roi_lib.worlds import ORDERS, PAPER, POCKET, Method
+from roi_lib.worlds import ORDERS, POCKET, Method
 
 LEVELS = {"easy": 0, "medium": 1, "hard": 2}
 PAPERS = draw_papers(POCKET, 4)
@@ -48,10 +41,8 @@ class Honest(Engine):
 
 
 def knapsack(env, budget, charged=False, levels=LEVELS, tags=True):
-    engine = Honest(env, levels, tags)
-    table, facts = run_knapsack(Comparison(POCKET, PAPERS), Method("none", "roi", charged=charged),
-                                env, engine, budget)
-    return engine, table, facts
+    engine, method = Honest(env, levels, tags), Method("none", "roi", charged=charged)
+    return engine, *methods.run_knapsack(Comparison(POCKET, PAPERS), method, env, engine, budget)
 
 
 @pytest.mark.parametrize(("budget", "charged", "sat"), [
@@ -64,8 +55,7 @@ def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, sat):
     assert all(r.budget == 5 and f"Budget: {budget} tokens" in r.message for r in predicting)
     assert facts == {"prediction_tokens": 15, "prediction_charged": charged, "unread_levels": 0}
     left, rows = budget - 15 * charged, []
-    assert len(sitting) == (12 if sat else 0), "nothing chosen: no call"
-    assert all(r.budget == left for r in sitting)
+    assert [r.budget for r in sitting] == [left] * (12 if sat else 0), "nothing chosen: no call"
     for order in ORDERS:
         for i, exam in enumerate(Comparison(POCKET, PAPERS).exams(order)):
             chosen = [p for p in exam.problems if p.tier in sat.split()]
@@ -93,7 +83,6 @@ def test_the_skip_level_is_never_chosen_and_unread_tags_neither(env):
     assert facts["unread_levels"] == 1 and len(engine.asked) == 12 and table["skipped"].all()
 
 
-# ---------------------------------------------------------------- methods side by side
 def same(a, b):
     """Whether two results are equal in all that they hold."""
     pd.testing.assert_frame_equal(a.table, b.table)
@@ -104,11 +93,11 @@ def same(a, b):
 def test_workers_change_nothing_and_repetitions_neither():
     """Two processes sit two methods: the same tokens, the same bounds, in the same sequence."""
     comparison = Comparison(POCKET, PAPERS[:2])
-    names, budgets = ["base", "rational", "base"], [16, 24, 16]
-    one, two = (run_methods(comparison, names, budgets, workers) for workers in (1, 2))
-    assert same(one, two) and "prompt" not in one.table
+    one, two = (run_methods(comparison, ["base", "rational", "base"], [16, 24, 16], workers)
+                for workers in (1, 2))
     rows = one.table.groupby(["budget", "order"], sort=False).size().to_dict()
-    assert list(rows.items()) == [((b, order), 2 * 3) for b in (16, 24) for order in ORDERS]
+    assert same(one, two) and list(rows.items()) == [
+        ((budget, order), 2 * 3) for budget in (16, 24) for order in ORDERS]
     assert list(one.bounds.index.unique("method")) == ["rational", "rational_tagged"]
     assert one.bounds.index.is_unique and len(one.bounds) == 2 * 2 * 3 * 2
 
@@ -133,32 +122,23 @@ def test_what_cannot_be_done_is_refused_before_anything_is_sat(refusal, monkeypa
     world = replace(POCKET, methods={"base": Method("pocket-base", "direct"),
                                      "mft": Method("no-mft", "roi"),
                                      "rational": Method("pocket-base", "direct", "rational")})
-    comparison = Comparison(world, PAPERS)
-    for names, words in ((["base", "mft"], "'mft' needs the checkpoint data/no-mft"),
-                         (["base", "genius"], "'genius'")):
-        assert words in refusal(run_methods, comparison, names, [64])
-    few = replace(comparison, samples=3)
-    assert "give a multiple of 4" in refusal(run_methods, few, ["base", "rational"], [64])
-    assert "budget 4 is smaller" in refusal(run_methods, comparison, ["base"], [64, 4], 1)
-    assert find_methods(world, ["all"]) == ["base", "rational"]
+    comparison = Comparison(world, PAPERS, samples=3)
+    for names, budgets, words in ((["base", "mft"], [64], "needs the checkpoint data/no-mft"),
+                                  (["base", "genius"], [64], "'genius'"),
+                                  (["base", "rational"], [64], "give a multiple of 4"),
+                                  (["base"], [64, 4], "budget 4 is smaller")):
+        assert words in refusal(run_methods, comparison, names, budgets)
 
 
 def test_processes_are_started_where_they_pay(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     many, few = (Comparison(POCKET, [()] * n) for n in (500, 50))
     server = replace(many, engine=EngineConfig("openai"))
-    assert default_workers(many, ["pocket-base"]) == 4
-    for comparison, name in ((few, "pocket-base"), (server, "pocket-base"), (many, "hub/id")):
-        assert default_workers(comparison, [name]) == 1
+    found = [methods.default_workers(comparison, [name]) for comparison, name in (
+        (many, "pocket-base"), (few, "pocket-base"), (server, "pocket-base"), (many, "hub/id"))]
+    assert found == [4, 1, 1, 1]
 
 
-def test_every_method_has_a_strategy_and_a_prompt():
-    for world in (POCKET, PAPER):
-        assert {m.strategy for m in world.methods.values()} == {"whole", "knapsack", "rational"}
-        assert {m.style for m in world.methods.values()} <= set(world.prompts)
-
-
-# ---------------------------------------------------------------- logs
 def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):
     comparison = Comparison(POCKET, PAPERS[:1], engine=EngineConfig(log=tmp_path))
     first, log = run_method(comparison, "base", [16]), tmp_path / "base-16.jsonl"
@@ -166,21 +146,10 @@ def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):
     assert same(run_method(replay, "base", [16]), first)
     replay = replace(replay, papers=PAPERS[:2])
     assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", [16])
-    log.rename(tmp_path / "base-24.jsonl")
-    assert "its budget is 16, not 24" in refusal(run_method, comparison, "base", [24])
-    (tmp_path / "base-24.jsonl").rename(log)
     other = replace(comparison, world=replace(POCKET, name="elsewhere"))
     assert "its world is 'pocket', not 'elsewhere'" in refusal(run_method, other, "base", [16])
-    head, *rest = log.read_text().splitlines()
-    head = json.loads(head)
-    head["run"]["model"] = "0123"
-    log.write_text("\n".join([json.dumps(head), *rest, ""]))
-    assert "its model is '0123'" in refusal(run_method, comparison, "base", [16])
-
-
-def test_places_say_where_each_problem_of_the_paper_stands():
-    comparison = Comparison(POCKET, PAPERS)
-    for order in ORDERS:
-        for paper, exam, row in zip(PAPERS, comparison.exams(order), comparison.places(order),
-                                    strict=True):
-            assert tuple(np.take(np.array(paper, object), row)) == exam.problems
+    head, rest = log.read_text().split("\n", 1)
+    for key, value in (("budget", 24), ("model", "0123")):
+        changed = {"run": json.loads(head)["run"] | {key: value}}
+        log.write_text(f"{json.dumps(changed)}\n{rest}")
+        assert f"its {key} is {value!r}, not" in refusal(run_method, comparison, "base", [16])

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from roi_lib.ablations import COLUMNS
+from roi_lib.moments import first_dry, hard_problems, moments, skip_routes
+from roi_lib.rarl_loop import train
 from test_rarl import SKIP, SMALL, honest, sat, tiny
 
 from roi_lib.__main__ import main
-from roi_lib.ablations import COLUMNS
 from roi_lib.exams import Exam, draw_papers, encode_prompt, exam_prompt, order_problems
 from roi_lib.generation import ReplayGenerator
-from roi_lib.moments import first_dry, hard_problems, moments, skip_routes
-from roi_lib.rarl_loop import train
 from roi_lib.worlds import ORDERS, POCKET, TAG_CLOSE, TAG_OPEN
 
 

@@ -6,19 +6,7 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from scipy.stats import binomtest
-
-from roi_lib import plots
 from roi_lib.checkpoints import load_tokenizer, verify_folder
-from roi_lib.evaluation import (
-    make_records,
-    paired_difference,
-    points_of,
-    regret,
-    regret_difference,
-    sit_methods,
-)
-from roi_lib.exams import draw_papers
 from roi_lib.methods import Setting
 from roi_lib.rollouts import (
     COLUMNS,
@@ -28,6 +16,18 @@ from roi_lib.rollouts import (
     load_sittings,
     save_rollouts,
 )
+from scipy.stats import binomtest
+
+from roi_lib import plots
+from roi_lib.evaluation import (
+    make_records,
+    paired_difference,
+    points_of,
+    regret,
+    regret_difference,
+    sit_methods,
+)
+from roi_lib.exams import draw_papers
 from roi_lib.worlds import DATA, ORDERS, POCKET, get_world
 
 matplotlib.use("Agg")

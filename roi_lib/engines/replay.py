@@ -10,9 +10,8 @@ from roi_lib.problems import Problem
 from roi_lib.worlds import SKIP_ANSWER, World
 
 
-def reference_response(
-    world: World, problems: Sequence[Problem], style: str = "direct", skip: Sequence[bool] = ()
-) -> str:
+def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
+                       skip: Sequence[bool] = ()) -> str:
     """The worked solutions in order, under their headers, as a faultless writer would write them;
     where a problem's flag in `skip` is set, a skip instead. Plan-and-Solve opens with a plan of all
     problems, Least-to-Most with a rating of each; both cost tokens like any other."""
@@ -44,9 +43,8 @@ class ReplayEngine(Engine):
             yield i, [within_budget(ids, request.budget, [self.eos_id])] * request.n
 
 
-def reference_engine(
-    env: Environment, exams: Sequence[Exam], budgets: Sequence[int], style: str = "direct"
-) -> ReplayEngine:
+def reference_engine(env: Environment, exams: Sequence[Exam], budgets: Sequence[int],
+                     style: str = "direct") -> ReplayEngine:
     """An engine that writes out the reference solutions of these exams under these budgets."""
     answers = env.encode_data([reference_response(env.world, e.problems, style) for e in exams])
     prompts = env.prompts([env.message(e, budget, style) for e in exams for budget in budgets])

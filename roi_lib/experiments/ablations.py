@@ -48,10 +48,9 @@ COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "re
            "skips_tagged_right", "tokens", "n_exams", "steps", "seed", "diagnosis"]
 
 
-def run_variant(
-    world: World, name: str, recipe: RARLRecipe, work: Path, n_papers: int, threads: int = 1,
-    train_pool: Sequence[Problem] | None = None, test_pool: Sequence[Problem] | None = None,
-) -> pd.DataFrame:
+def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_papers: int,
+                threads: int = 1, train_pool: Sequence[Problem] | None = None,
+                test_pool: Sequence[Problem] | None = None) -> pd.DataFrame:
     """Train and measure one variant; its rows of the table.
 
     `work/NAME` keeps everything, what the run prints too; what is found there is not done again.
@@ -71,11 +70,10 @@ def run_variant(
     return records.assign(variant=name, steps=steps, seed=recipe.seed, diagnosis=found)
 
 
-def ablate(
-    world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
-    n_papers: int = 400, jobs: int = 2, threads: int = 1,
-    train_pool: Sequence[Problem] | None = None, test_pool: Sequence[Problem] | None = None,
-) -> pd.DataFrame:
+def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
+           n_papers: int = 400, jobs: int = 2, threads: int = 1,
+           train_pool: Sequence[Problem] | None = None,
+           test_pool: Sequence[Problem] | None = None) -> pd.DataFrame:
     """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each.
 
     `work` is what the runs keep: the same command goes on where it stopped. The table goes to

@@ -87,10 +87,8 @@ def hard_problems(table: pd.DataFrame) -> list[dict]:
     return rows
 
 
-def snapshot_report(
-    world: World, works: Sequence[Path], n_papers: int, seed: int,
-    pool: Sequence[Problem] | None = None,
-) -> dict:
+def snapshot_report(world: World, works: Sequence[Path], n_papers: int, seed: int,
+                    pool: Sequence[Problem] | None = None) -> dict:
     """One exam, and the hard problems of many, under every model that a run kept; JSON-ready.
 
     The exam is decoded greedily; the papers are sat in all orders under all budgets at

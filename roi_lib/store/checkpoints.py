@@ -73,6 +73,8 @@ def _load(kind, name: str, **options):
 
 def load_model(name: str, dtype: str = "auto"):
     """A checkpoint's causal language model, in eval mode, in `dtype` ("auto": its own)."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CheckpointError(f"unknown dtype {dtype!r}; name float32, float64, bfloat16 or auto")
     model, info = _load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True,
                         output_loading_info=True)
     if info["missing_keys"]:  # they would be random numbers

@@ -18,7 +18,6 @@ from roi_lib.worlds import ORDERS, TIERS, WORLDS, World, get_world
 @dataclass(frozen=True)
 class PaperList:
     """A set of papers."""
-
     world: str  # its name
     split: str  # "train" or "test"
     seed: int  # of the drawing; medium order: `order_problems(paper, "medium", f"{seed}/{i}")`

@@ -128,11 +128,10 @@ def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[tup
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         return words, set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
-    tests, holders = {p.id: read(p.text) for p in test}, defaultdict(list)
+    tests, holders, found = {p.id: read(p.text) for p in test}, defaultdict(list), []
     for name, (_, runs) in tests.items():
         for run in runs:
             holders[run].append(name)
-    found = []
     for problem in train:
         words, runs = read(problem.text)
         for name, n in Counter(name for run in runs for name in holders.get(run, ())).items():

@@ -74,28 +74,25 @@ def check_finite(logs: dict, where: str) -> None:
 class Report(ProgressCallback):
     """Bar and log of a trainer of transformers, by its first process; marks whole checkpoints."""
 
-    def __init__(self, work: Path, columns: Sequence[str]) -> None:
-        super().__init__()
-        self.work, self.columns = work, columns
+    columns: Sequence[str]  # of the log
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log, without the rows that come again."""
         super().on_train_begin(args, state, control)
         if state.is_world_process_zero:
-            self.log = TrainingLog(self.work / "log.csv", self.columns, state.global_step)
+            path = Path(args.output_dir) / "log.csv"
+            self.log = TrainingLog(path, self.columns, state.global_step)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end."""
         args.distributed_state.wait_for_everyone()  # each process has its own file there
         if state.is_world_process_zero:
-            files.write_manifest(self.work / f"checkpoint-{state.global_step}")
+            files.write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def run_trainer(trainer):
-    """Train with a trainer of transformers, on from its newest whole checkpoint.
-
-    Returns the model in eval mode, adapters merged. `OSError`: the disk is full.
-    """
+    """Train with a trainer of transformers, on from its newest whole checkpoint; returns the model
+    in eval mode, adapters merged. `OSError`: the disk is full."""
     state = files.newest_complete(Path(trainer.args.output_dir), "checkpoint-")
     try:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -112,7 +109,7 @@ def lora(rank: int):
     """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
     from peft import LoraConfig  # takes seconds, and not every training wants it
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                       task_type="CAUSAL_LM") if rank else None
 
 
@@ -126,23 +123,21 @@ def muon_and_adamw(model, muon_lr: float, adamw_lr: float) -> list[torch.optim.O
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers as the one that a trainer of transformers takes."""
+    """Several optimizers as the one that a trainer of transformers takes; loading the state of
+    other ones is a `ValueError`."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
         super().__init__([group for o in self.optimizers for group in o.param_groups], {})
 
     def step(self, closure=None) -> None:
-        """One step of each."""
         for optimizer in self.optimizers:
             optimizer.step(closure)
 
     def state_dict(self) -> dict:
-        """The states of all, in order."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Put back what `state_dict` gave; `ValueError` where it is of other optimizers."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for o in self.optimizers for group in o.param_groups]  # new ones
@@ -155,10 +150,10 @@ def markdown_table(table: pd.DataFrame) -> str:
                      for row in (table.columns, ["---"] * table.shape[1], *rows))
 
 
-def publish(out: Path, model, work: Path, recipe, base: str | None, about: str, made: str,
-            measured: str, **documents) -> None:
-    """Write what a run in `work` made of `base`: float32 weights, log, and a card with metadata for
-    the hub; documents as `NAME.json`, tables as `NAME.csv`. A tokenizer that came with the base
+def publish(out: Path, model, work: Path, recipe, base: str | None, documents: dict,
+            measured: str, about: str, made: str) -> None:
+    """Write what a run in `work` made of `base`: float32 weights, log, a card with metadata for the
+    hub, and JSON documents and CSV tables by file name. The base's own tokenizer, if it has one,
     goes to its heir too, which would otherwise be read with the world's."""
     tokenizer = checkpoints.own_tokenizer(base) if base else None
     minutes = pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum() / 60
@@ -169,8 +164,7 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, about: str, 
 
 {about} Licence: MIT, as the repository.
 
-**Made by** {made}, {minutes:.1f} minutes on {torch.get_num_threads()} threads. The log is
-`log.csv`. Recipe:
+**Made by** {made}, {minutes:.1f} minutes on {torch.get_num_threads()} threads (`log.csv`). Recipe:
 
 ```json
 {json.dumps(asdict(recipe), indent=1)}
@@ -185,9 +179,8 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, about: str, 
             tokenizer.save_pretrained(folder)
         shutil.copy(work / "log.csv", folder)
         card.save(folder / "README.md")
-        for name, value in documents.items():
-            table = isinstance(value, pd.DataFrame)
-            (files.write_csv if table else files.write_json)(
-                folder / f"{name}.{'csv' if table else 'json'}", value)
+        for name, content in documents.items():
+            write = files.write_csv if name.endswith(".csv") else files.write_json
+            write(folder / name, content)
 
     files.write_folder(out, fill)

@@ -49,9 +49,8 @@ def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
 
 
 class TagTrainer(SFTTrainer):
-    """SFTTrainer with a loss in which some tokens weigh more: one in fifty is a level."""
-
-    token_weights: torch.Tensor  # [vocabulary]
+    """SFTTrainer with a loss in which some tokens weigh more (one in fifty is a level), by its
+    attribute `token_weights`, [vocabulary]."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted nats over the response tokens of the whole batch, `num_items_in_batch`."""
@@ -66,8 +65,10 @@ class TagTrainer(SFTTrainer):
 class DevLog(common.Report):
     """Has the model sit unseen exams of the training split before each row of the log."""
 
-    def __init__(self, env: Environment, recipe: MFTRecipe, work: Path, pool=None) -> None:
-        super().__init__(work, COLUMNS)
+    columns = COLUMNS
+
+    def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
+        super().__init__()
         papers = draw_papers(env.world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
                              pool=pool)
         self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
@@ -93,21 +94,6 @@ class DevLog(common.Report):
         self.training_bar.set_postfix(loss=logs["loss"], tags=row["tag_accuracy"], refresh=False)
 
 
-def sft_config(recipe: MFTRecipe, work: Path) -> SFTConfig:
-    """The recipe in TRL's terms."""
-    return SFTConfig(
-        output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential",
-        per_device_train_batch_size=recipe.rows_at_once,
-        gradient_accumulation_steps=max(1, recipe.rows // recipe.rows_at_once),
-        learning_rate=recipe.learning_rate, lr_scheduler_type="linear", warmup_steps=0.03,
-        weight_decay=0.0, max_grad_norm=1.0, packing=False, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, bf16=recipe.bf16,
-        gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
-        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to="none",
-        logging_nan_inf_filter=False, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
-
-
 def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe, work: Path,
               pool: Sequence[Problem] | None = None):
     """Train on the rows in their order, on from the newest whole checkpoint in `work`, and keep
@@ -119,16 +105,27 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
     if recipe.muon_rate:
         muon, adamw = common.muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)
         optimizer = common.CombinedOptimizer([adamw, muon])  # the first one's rate is logged
+    config = SFTConfig(
+        output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential",
+        per_device_train_batch_size=recipe.rows_at_once,
+        gradient_accumulation_steps=max(1, recipe.rows // recipe.rows_at_once),
+        learning_rate=recipe.learning_rate, lr_scheduler_type="linear", warmup_steps=0.03,
+        weight_decay=0.0, max_grad_norm=1.0, packing=False, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, bf16=recipe.bf16,
+        gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
+        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to="none",
+        logging_nan_inf_filter=False, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
     trainer = (SFTTrainer if recipe.tag_weight == 1 else TagTrainer)(
-        model, sft_config(recipe, work), train_dataset=as_dataset(rows),
-        processing_class=env.tokenizer, peft_config=common.lora(recipe.lora_rank),
-        callbacks=[DevLog(env, recipe, work, pool)], optimizers=(optimizer, None))
+        model, config, train_dataset=as_dataset(rows), processing_class=env.tokenizer,
+        peft_config=common.lora(recipe.lora_rank), callbacks=[DevLog(env, recipe, pool)],
+        optimizers=(optimizer, None))
     trainer.token_weights = token_weights(env, recipe)
     trainer.remove_callback(PrinterCallback)  # it prints what the log holds
     return common.run_trainer(trainer)
 
 
-def label_statistics(targets: Sequence[mft.Target]) -> pd.DataFrame:
+def label_statistics(targets: Sequence[mft.Target]) -> list[dict]:
     """A row a family: tier, family, problems, share of each level, mean solve rate."""
     families = pd.DataFrame([
         {"tier": t.problem.tier, "family": t.problem.family,
@@ -136,18 +133,18 @@ def label_statistics(targets: Sequence[mft.Target]) -> pd.DataFrame:
         for t in targets]).groupby(["tier", "family"])
     table = families.mean().map(lambda share: round(share, 4))
     table.insert(0, "problems", families.size())
-    return table.reindex(TIERS, level="tier").reset_index()
+    return table.reindex(TIERS, level="tier").reset_index().to_dict("records")
 
 
 def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[Sequence[Problem]],
               k: int = 8, seed: int = 0) -> dict:
     """How well a tagged model knows itself: unseen papers, the orders in turn, an ample budget.
 
-    What a problem should have been labelled comes from `k` samples of the base model alone, as in
-    training. Returns shares, JSON-ready (None: nothing to count): `tag_accuracy` of problems tried,
-    by tier and position; by tier `answer_accuracy` of both models, `skip_rate` and `refused`
-    (Level-3 labels); `confusion` [predicted][real] of problems tried; `false_skips`, the mean solve
-    rate of the skipped; `missed_skips`, what no sample solved of the tried.
+    What a problem should have been labelled comes from `k` samples of the base alone, as in
+    training. Returns shares, JSON-ready (None: nothing to count): of problems tried `tag_accuracy`
+    by tier and position, and `confusion` [predicted][real]; by tier `answer_accuracy` of both
+    models, `skip_rate` and `refused` (labels); `false_skips`, the mean solve rate of the skipped;
+    `missed_skips`, what no sample solved of the tried.
     """
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
     ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
@@ -159,51 +156,45 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
     problems = [problem for exam in exams for problem in exam.problems]
     samples = mft.rejection_sample(env, base, problems, k, seed)
     targets = [mft.align(env.world, *pair) for pair in zip(problems, samples, strict=True)]
-    after = after.assign(base=before["correct"], refused=[t.skip for t in targets],
-                         solve_rate=[t.solve_rate for t in targets])
-    tried, skipped = after[after["reached"] & ~after["skipped"]], after[after["skipped"]]
+    tries = after["reached"] & ~after["skipped"]
+    after = after.assign(
+        base=before["correct"], hit=(after["predicted"] == after["real"]).where(tries),
+        refused=[t.skip for t in targets], solve_rate=[t.solve_rate for t in targets])
+    tiers = {tier: after[after["tier"] == tier] for tier in TIERS}
 
     def share(values: pd.Series) -> float | None:
-        return round(float(values.mean()), 4) if len(values) else None
+        return round(float(values.mean()), 4) if values.count() else None
 
-    tiers = {tier: after[after["tier"] == tier] for tier in TIERS}
-    hit = (tried["predicted"] == tried["real"]).groupby([tried["tier"], tried["position"]])
-    hits = {cell: share(values) for cell, values in hit}
     return {
         "papers": len(exams), "samples": k, "seed": seed,
-        "tag_accuracy": {tier: [hits.get((tier, n)) for n in sorted(set(own["position"]))]
+        "tag_accuracy": {tier: [share(hits) for _, hits in own.groupby("position")["hit"]]
                          for tier, own in tiers.items()},
         "answer_accuracy": {tier: {"base": share(own["base"]), "mft": share(own["correct"])}
                             for tier, own in tiers.items()},
         "skip_rate": {tier: share(own["skipped"]) for tier, own in tiers.items()},
         "refused": {tier: share(own["refused"]) for tier, own in tiers.items()},
-        "confusion": confusion(tried, env.world.skip_level + 1).tolist(),
-        "false_skips": share(skipped["solve_rate"]), "missed_skips": share(tried["refused"])}
+        "confusion": confusion(after[tries], env.world.skip_level + 1).tolist(),
+        "false_skips": share(after.loc[after["skipped"], "solve_rate"]),
+        "missed_skips": share(after.loc[tries, "refused"])}
 
 
 def measured(labels: Sequence[dict], calibration: dict | None = None) -> str:
     """What a card says of labels and calibration, in Markdown."""
-    words = "**Labels** of the training problems (`labels.json`):\n\n" + common.markdown_table(
-        pd.DataFrame(labels))
+    words = f"**Labels** of the training:\n\n{common.markdown_table(pd.DataFrame(labels))}\n\n"
     if calibration is None:
-        return words + "\n\nNot measured (`card_papers=0`)."
+        return words + "Not measured (`card_papers=0`)."
     by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
     table = common.markdown_table(pd.DataFrame(by_tier).rename_axis("tier").reset_index())
     return words + """\
-
-
-**Measured** on {papers} unseen papers (seed {seed}), orders in turn, ample budget: right tags by
-position (of problems tried), right answers, skips, and what {samples} samples of the base would
-have refused. Solve rate of the base where this model skips: {false_skips}; of what it tries, no
-sample of the base solved {missed_skips}. More is in `calibration.json`.
+**Measured** on {papers} unseen papers (seed {seed}) under an ample budget: right tags by position,
+right answers, skips, and what {samples} samples of the base would have refused. Solve rate of the
+base where this model skips: {false_skips}; of what it tries, no sample solved {missed_skips}.
 
 """.format(**calibration) + table
 
 
-def train_mft(
-    world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
-    engine: str = "torch", root: Path | None = None,
-) -> None:
+def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
+              engine: str = "torch", root: Path | None = None) -> None:
     """The whole stage, from `checkpoint` (the world's base) to one in `out`. `work` keeps samples,
     log and the trainer's states, and a run found there goes on. No steps: the start is measured.
 
@@ -230,13 +221,14 @@ def train_mft(
                    for pair in zip(problems, samples, strict=True)]
         rows = mft.curriculum(env, targets, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
-        documents = {"labels": label_statistics(targets).to_dict("records")}
+        documents = {"labels.json": label_statistics(targets)}
         if papers:
             tagged = model.to(base.model.dtype) if engine == "torch" else model
-            documents["calibration"] = calibrate(env, base, engine_for(tagged, env.tokenizer),
-                                                 papers, recipe.samples, recipe.seed + 1)
+            documents["calibration.json"] = calibrate(
+                env, base, engine_for(tagged, env.tokenizer), papers, recipe.samples,
+                recipe.seed + 1)
         common.publish(
-            out, model, work, recipe, checkpoint, measured=measured(**documents), **documents,
+            out, model, work, recipe, checkpoint, documents, measured(*documents.values()),
             about="It predicts the level of each problem's cost, then solves it or skips it. From "
             f"`{checkpoint}`, by Meta-Cognitive Fine-Tuning; style `roi`.",
             made=f"`roi_lib train mft --world {world.name}`: {len(rows):,} rows, "

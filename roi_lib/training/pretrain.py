@@ -1,12 +1,8 @@
-"""Pre-training of the pocket base model: exams answered in order, without tags.
-
-The base can calculate and follow the three prompting styles, but knows nothing of levels, and
-under the direct prompt nothing of skipping: those are what MFT and RARL teach.
-"""
+"""Pre-training of the pocket base model: exams answered in order, without tags. It learns to
+calculate and three prompting styles; levels and skipping are what MFT and RARL teach."""
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from roi_lib.engines import engine_for
 from roi_lib.engines.logs import BAR
-from roi_lib.engines.replay import reference_engine, reference_response
+from roi_lib.engines.replay import reference_response
 from roi_lib.exams import Environment, Exam, draw_papers, in_orders
 from roi_lib.problems import sample_problem
 from roi_lib.sitting import responses, sit
@@ -50,13 +46,10 @@ def sample_row(env: Environment, recipe: PretrainRecipe, rng: random.Random) -> 
             return prompt + response, [-100] * len(prompt) + response
 
 
-def batches(
-    env: Environment, recipe: PretrainRecipe, skip: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """An endless stream of (token ids, labels), [rows, length]; rows of like length share a batch.
-
-    `skip` passes over the first batches, to continue a run.
-    """
+def batches(env: Environment, recipe: PretrainRecipe,
+            skip: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (token ids, labels), [rows, length], without the first `skip` batches (to continue a
+    run); rows of like length share a batch."""
     for block in count():
         rng = random.Random(f"{recipe.seed}/{block}")
         rows = [sample_row(env, recipe, rng) for _ in range(recipe.rows_at_once)]
@@ -92,42 +85,36 @@ def rate(step: int, recipe: PretrainRecipe) -> float:
     return max(0.0, min(1.0, done / recipe.warmup, (1 - done) / (1 - recipe.hold)))
 
 
-def train_step(model, optimizers, ids, labels, recipe: PretrainRecipe, step: int) -> float:
-    """One optimizer step; returns the loss in nats a response token."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    learned = labels[:, 1:] != -100
-    logits = model.lm_head(hidden[:, :-1][learned].float())
-    loss = cross_entropy(logits, labels[:, 1:][learned])
-    common.check_finite({"loss": loss.item()}, f"step {step}")
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, peak in zip(optimizers, (recipe.muon_lr, recipe.adamw_lr), strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step, recipe)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
 def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
     """Train in place, on from the newest state in `work`; returns the steps and tokens so far."""
-    optimizers = common.muon_and_adamw(model, recipe.muon_lr, recipe.adamw_lr)
-    progress, state, losses = {"step": 0, "tokens": 0}, files.newest_complete(work), []
-    if state:
-        progress = load_training_state(state, model, optimizers)
-    first = progress["step"]
+    peaks = recipe.muon_lr, recipe.adamw_lr
+    optimizers, state = common.muon_and_adamw(model, *peaks), files.newest_complete(work)
+    progress = load_training_state(state, model, optimizers) if state else {"step": 0, "tokens": 0}
+    first, losses = progress["step"], []
     log = common.TrainingLog(work / "log.csv", ("step", "loss", "rate", "seconds"), first)
     stream = batches(env, recipe, first)
     model.train()
     for step in tqdm(range(first, recipe.steps), "pretrain", recipe.steps, initial=first, **BAR):
         ids, labels = next(stream)
-        losses.append(train_step(model, optimizers, ids, labels, recipe, step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        learned = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[:, :-1][learned].float())
+        loss = cross_entropy(logits, labels[:, 1:][learned])  # in nats a response token
+        losses.append(loss.item())
+        common.check_finite({"loss": losses[-1]}, f"step {step}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(step, recipe)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         progress["step"] = done = step + 1
         progress["tokens"] += int((ids != env.tokenizer.pad_token_id).sum())
         if done % recipe.log_every == 0 or done == recipe.steps:
             log.append({"step": done, "loss": sum(losses) / len(losses),
-                        "rate": rate(done, recipe), "seconds": log.seconds()})
+                        "rate": rate(done, recipe)})
             losses.clear()
         if done % recipe.save_every == 0 or done == recipe.steps:
             save_step(work, model, optimizers, progress)
@@ -143,52 +130,39 @@ def measure(env: Environment, model) -> str:
     papers = in_orders(draw_papers(env.world, CARD_PAPERS, seed=CARD_SEED), ["medium"], CARD_SEED)
     alone = [Exam((problem,), "medium") for exam in papers for problem in exam.problems]
     engine = engine_for(model.to(getattr(torch, env.world.dtype)), env.tokenizer)
-    reference, single, within = (
-        sit(env, writer, exams, CARD_BUDGET, seed=CARD_SEED) for writer, exams in (
-            (reference_engine(env, alone, [CARD_BUDGET]), alone), (engine, alone),
-            (engine, papers)))
+    single, within = (sit(env, engine, exams, CARD_BUDGET, seed=CARD_SEED)
+                      for exams in (alone, papers))
     cut = [1 - responses(table)["finished"].mean() for table in (single, within)]
 
     def right(table: pd.DataFrame) -> pd.Series:
         marks = table.groupby(["tier", "family"])["correct"]
         return marks.agg(lambda x: f"{x.mean():.3f} ± {1.96 * x.std(ddof=0) / len(x)**0.5:.3f}")
 
-    costs = reference.groupby(["tier", "family"])["cost"]
-    table = pd.DataFrame({
-        "mean cost": costs.mean().round(1),
-        **{f"{q:.0%}": costs.quantile(q).round().astype(int) for q in (0.05, 0.5, 0.95)},
-        "problems": costs.size(), "right alone": right(single),
-        "right within": right(within[within["finished"]])})
+    table = pd.DataFrame({"problems": single.groupby(["tier", "family"]).size(),
+                          "right alone": right(single),
+                          "right within": right(within[within["finished"]])})
     return f"""\
 **Measured** on {CARD_PAPERS:,} unseen papers of three problems (seed {CARD_SEED}), at temperature 1
-under an ample budget of {CARD_BUDGET} tokens: every problem alone, and within its paper in medium
-order (± half of the 95 % interval). Costs are tokens of the worked solution alone, header and
-end-of-sequence included. The budget cut {cut[0]:.1%} of the problems alone, which count as wrong,
-and {cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
+under {CARD_BUDGET} tokens: every problem alone, and within its paper in medium order (± half of the
+95 % interval). The budget cut {cut[0]:.1%} of the problems alone, which count as wrong, and
+{cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
 
 {common.markdown_table(table.reindex(TIERS, level="tier").reset_index())}"""
 
 
 def pretrain(world: World, out: Path, work: Path, recipe: PretrainRecipe) -> None:
-    """Train the base model and write it to `out`; continue from `work` where it holds a run.
-
-    `work` keeps the newest training states and `log.csv` (step, response loss, rate, seconds).
-    Without any steps the random start is measured and published. `ValueError`: `work` or `out`
-    holds something else. `FloatingPointError`: NaN or infinite loss.
-    """
+    """Train the base model and write it to `out`; `work` keeps states and log, and a run found
+    there goes on. No steps: the random start is measured. `ValueError`: `work` or `out` holds
+    something else. `FloatingPointError`: NaN or infinite loss."""
     files.check_replaceable(out)
     env = Environment(world, build_tokenizer(world))
-    with files.folder_lock(work):
-        common.same_recipe(work, asdict(recipe) | {"world": world.name})
+    with common.run_folder(work, recipe, world=world.name):
         model = new_model(env.tokenizer, recipe)
-        progress, log = train(env, model, recipe, work), work / "log.csv"
-        card = common.model_card(
-            out.name, None, log, recipe,
+        progress = train(env, model, recipe, work)
+        common.publish(
+            out, model, work, recipe, None, {}, measure(env, model.eval()),
             about=f"The base model of the {world.name} world (Qwen2, {model.num_parameters():,} "
             "parameters, float32). It works problems out step by step and answers whole exams in "
-            "order. It has never seen a level tag, and skips only when the Least-to-Most prompt "
-            f"allows it. Tokenizer: `{world.tokenizer}`.",
+            "order, without level tags. It skips only where the Least-to-Most prompt allows it.",
             made=f"`roi_lib train pretrain --world {world.name}`: {progress['step']:,} steps, "
-            f"{progress['tokens'] / 1e6:.1f} million tokens of exams drawn afresh",
-            measured=measure(env, model.eval()))
-        common.write_checkpoint(out, model.float(), log, card)  # float32, as it was trained
+            f"{progress['tokens'] / 1e6:.1f} million tokens of exams drawn afresh")

@@ -1,14 +1,11 @@
-"""RARL from a checkpoint to a checkpoint: train, measure before and after, publish with a card.
-
-`train_rarl` is all of it. `train` repeats `rarl.train_step`; a run that was killed goes on.
-"""
+"""RARL from a checkpoint to a checkpoint: `train_rarl` trains, measures before and after, and
+publishes; `train` repeats `rarl.train_step`, and goes on where it was killed."""
 
 import copy
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -70,11 +67,8 @@ def check_gap(gap: float) -> float:
 
 @torch.inference_mode()
 def logprob_gap(model, engine: TorchEngine, group: pd.DataFrame, temperature: float = 1) -> float:
-    """Mean difference of sampler's and trainer's log-probabilities, in nats; see `check_gap`.
-
-    The responses of `group`, one exam's, go through the sampler's own forward pass, token by
-    token, with the weights that it holds now.
-    """
+    """Mean difference of sampler's and trainer's log-probabilities, in nats; see `check_gap`. The
+    responses of `group`, one exam's, go token by token through the sampler as it is now."""
     prompt = group["prompt"].iloc[0]
     ids, mask = pad_right(list(dict.fromkeys(group["ids"])), model.device)
     ours, _ = completion_logprobs(model, ids.new_tensor(prompt), ids, temperature)
@@ -86,34 +80,27 @@ def logprob_gap(model, engine: TorchEngine, group: pd.DataFrame, temperature: fl
     return check_gap(float(((torch.cat(theirs, 1) - ours).abs() * mask).sum() / mask.sum()))
 
 
-def save_snapshot(work: Path, model, step: int) -> None:
-    """Keep a copy of the model below `work`, as a checkpoint of its own."""
-    files.write_folder(work / "snapshots" / f"step-{step:06d}", model.save_pretrained)
+def save_snapshot(work: Path, model, recipe: RARLRecipe, step: int) -> None:
+    """Keep a copy of the model below `work` after the steps that the recipe names."""
+    if step in recipe.snapshots:
+        files.write_folder(work / "snapshots" / f"step-{step:06d}", model.save_pretrained)
 
 
-def train(
-    env: Environment, model, recipe: RARLRecipe, work: Path, pool: Sequence[Problem] | None = None,
-    on_step: Callable[[dict], None] | None = None,
-):
-    """Train `model` in place, and return it; continue from `work` where it holds this run.
-
-    `work` keeps the newest training states, `log.csv`, and `snapshots/` of the model after the
-    steps that the recipe names. Dropout would put sampler and trainer out of step: it stays off.
-    `pool`: see `rarl.train_step`. `on_step` gets the log's row after each step, for a live plot.
-
-    Raises:
-        ValueError: `work` holds another run, or another process is at it.
-        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
-    """
-    start = {"world": env.world.name, "start": checkpoints.weights_hash(model.eval())}
-    with files.folder_lock(work):
-        common.same_recipe(work, asdict(recipe) | start)
+def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
+          on_step: Callable[[dict], None] | None = None):
+    """Train `model` in place, and return it; `work` keeps training states, `log.csv` and
+    `snapshots/`, and a run found there goes on. `on_step` gets each row of the log, for a live plot.
+    `ValueError`: see `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or
+    gradient; names the step."""
+    model.eval()  # dropout would put sampler and trainer out of step
+    start = {"world": env.world.name, "start": checkpoints.weights_hash(model)}
+    with common.run_folder(work, recipe, **start):
         optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
         first, state = 0, files.newest_complete(work)
         if state:
             first = checkpoints.load_training_state(state, model, [optimizer])["step"]
-        elif 0 in recipe.snapshots:
-            save_snapshot(work, model, 0)
+        else:
+            save_snapshot(work, model, recipe, 0)
         engine = engine_for(model, env.tokenizer)  # over the live weights: never stale
         log = common.TrainingLog(work / "log.csv", list(COLUMNS), first)
         bar = tqdm(range(first, recipe.steps), "RARL", recipe.steps, initial=first, unit="step")
@@ -123,10 +110,9 @@ def train(
             if step % recipe.log_every == 0:
                 gap = logprob_gap(model, engine, table[table["exam"] == 0], recipe.temperature)
             log.append({"step": done, "budget": int(table["budget"].iloc[0]), **describe(table),
-                        **learned, "logprob_gap": gap, "seconds": log.seconds()})
+                        **learned, "logprob_gap": gap})
             bar.set_postfix({name: log.rows[-1][name] for name in SHOWN})
-            if done in recipe.snapshots:
-                save_snapshot(work, model, done)
+            save_snapshot(work, model, recipe, done)
             if done % recipe.save_every == 0 or done == recipe.steps:
                 checkpoints.save_step(work, model, [optimizer], {"step": done})
             if on_step:
@@ -134,61 +120,43 @@ def train(
     return model
 
 
-def measure(
-    env: Environment, model, papers: Sequence[Sequence[Problem]], name: str, logs: Path,
-    seed: int = PAPERS_SEED,
-) -> pd.DataFrame:
-    """Score, Regret, skips and right tags of a model: a row an order and budget of its world.
-
-    The numbers are those of `exam` with as many papers and this seed. `logs/NAME.jsonl` keeps the
-    responses, so that a measurement can go on; `ValueError` where it is of another run.
-    """
+def measure(env: Environment, model, papers: Sequence[Sequence[Problem]], name: str,
+            logs: Path) -> pd.DataFrame:
+    """Score, Regret, skips and right tags of a model: a row an order and budget of its world, with
+    the numbers of `exam` for these papers and this seed. `logs/NAME.jsonl` keeps the responses, so
+    that a measurement can go on; `ValueError` where it is of another run."""
     world, records = env.world, []
     if world.dtype != "auto":  # the same tokens on every processor
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
     logs.mkdir(parents=True, exist_ok=True)
-    run = {"world": world.name, "model": checkpoints.weights_hash(model), "seed": seed}
+    run = {"world": world.name, "model": checkpoints.weights_hash(model), "seed": PAPERS_SEED}
     engine = LoggedEngine(engine_for(model, env.tokenizer), RunLog(logs / f"{name}.jsonl", run),
                           f"exams of {name}")
     for budget in world.budgets:
-        tables = {order: sit(env, engine, in_orders(papers, [order], seed), budget, style=STYLE,
-                             seed=seed) for order in ORDERS}
+        tables = {order: sit(env, engine, in_orders(papers, [order], PAPERS_SEED), budget,
+                             style=STYLE, seed=PAPERS_SEED) for order in ORDERS}
         for order, table in tables.items():
             records.append({"method": name, "order": order, "budget": budget,
-                            "n_exams": len(papers), "seed": seed}
-                           | summarize(table, tables["easy"], seed)
+                            "n_exams": len(papers), "seed": PAPERS_SEED}
+                           | summarize(table, tables["easy"], PAPERS_SEED)
                            | pd.Series(rates(table))[RATES].to_dict())
     return pd.DataFrame(records)
 
 
-def train_rarl(
-    world: World, out: Path, work: Path, recipe: RARLRecipe, checkpoint: str | None = None,
-    n_papers: int = 2_000, engine: str = "torch", vllm_url: str | None = None,
-    root: Path | None = None,
-) -> None:
-    """The whole stage: train, measure before and after, write the checkpoint to `out`.
+def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
+               checkpoint: str | None = None, n_papers: int = 2_000, engine: str = "torch",
+               vllm_url: str | None = None, root: Path | None = None) -> None:
+    """The whole stage, from `checkpoint` (the world's MFT model) to one in `out`, measured on
+    `n_papers` unseen papers. `work` keeps states, log and responses, and a run found there goes on.
 
-    `work` keeps states, log and responses; a run found there goes on. Of the processes of
-    `accelerate launch` all train, and the first does the rest. Without steps the start is measured.
-
-    Args:
-        checkpoint: the model to start from; the world's MFT model.
-        n_papers: unseen papers behind the card, sat in every order under every budget.
-        engine, vllm_url: who samples the rollouts (see `training.trl.train`).
-        root: local folder of the datasets.
-
-    Raises:
-        ValueError: see `train`; an engine that this recipe's trainer does not have.
-        CheckpointError: no such start, or one that cannot be saved; `out` is not ours to replace.
-        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
+    `engine` and `vllm_url` say who samples the rollouts (see `training.trl.train`); `root` is the
+    datasets' folder. Of the processes of `accelerate launch` all train, the first does the rest.
+    `ValueError`: see `common.load_start` and `train`; or the recipe's trainer has no such engine.
     """
     checkpoint = checkpoint or world.method("mft").checkpoint
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, and the recipe does not use it")
-    files.check_replaceable(out)
-    env = checkpoints.load_environment(world, checkpoint)
-    model = checkpoints.load_model(checkpoint, "float32")
-    checkpoints.check_saveable(model)
+    env, model = common.load_start(world, checkpoint, out)
     env.check_budget(min(recipe.budgets))
     pool = load_pool(world, "train", root)
     if recipe.trl and recipe.steps:
@@ -203,13 +171,10 @@ def train_rarl(
     start = checkpoints.load_model(checkpoint, "float32").to(model.device)
     records = pd.concat([measure(env, some, papers, name, work / "exams")
                          for name, some in (("start", start), ("rarl", model))])
-    card = common.model_card(
-        out.name, checkpoint, work / "log.csv", recipe,
+    common.publish(
+        out, model, work, recipe, checkpoint, {"exam.csv": records},
         about="It predicts the level of each problem, and solves or skips it, so that one token "
         f"budget lasts for an exam: `{checkpoint}` after RARL with Dr. GRPO. Style `roi`.",
-        made=f"{recipe.steps} steps of `python -m roi_lib train rarl --world {world.name}`",
+        made=f"{recipe.steps} steps of `roi_lib train rarl --world {world.name}`",
         measured=f"**Measured** on {n_papers:,} unseen papers (seed {PAPERS_SEED}), with 95 % "
-        "bootstrap intervals from low to high; more is in `exam.csv`.\n\n"
-        + common.markdown_table(records[CARD].round(3)))
-    common.write_checkpoint(out, model.float(), work / "log.csv", card,
-                            checkpoints.own_tokenizer(checkpoint), exam=records)
+        f"intervals; more is in `exam.csv`.\n\n{common.markdown_table(records[CARD].round(3))}")

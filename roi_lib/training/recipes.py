@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """How the base model is made: Qwen2's architecture, tied embeddings, float32 weights.
-
-    Raises:
-        ValueError: a number that cannot be.
-    """
+    """How the base model is made: Qwen2's architecture, tied embeddings, float32 weights."""
 
     hidden: int = 128  # width
     layers: int = 4  # blocks of attention and feed-forward
@@ -33,7 +29,7 @@ class PretrainRecipe:
     seed: int = 0  # of weights and data
 
     def __post_init__(self) -> None:
-        if min(self.batch_tokens, self.rows_at_once, self.log_every, self.save_every) < 1 or (
-                self.steps < 0):
+        counts = (self.batch_tokens, self.rows_at_once, self.log_every, self.save_every)
+        if min(*counts, self.steps + 1) < 1:
             raise ValueError("batch_tokens, rows_at_once, log_every and save_every must be at "
                              "least 1, steps at least 0")

@@ -1,31 +1,27 @@
 """RARL through TRL's `GRPOTrainer`: for models that need LoRA, vLLM, or several GPUs.
 
 Exams, rollouts, rewards and log are those of `training.rarl`; TRL does the update, and a test holds
-the two gradients together. `rollout_func` is experimental in TRL 1.16, so everything that touches
-TRL's inside is in this file. What is set against TRL's defaults, and why: see `grpo_config`.
+the two gradients together. `rollout_func` is experimental in TRL 1.16: see `ExamRollouts`.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from roi_lib.engines import engine_for
 from roi_lib.exams import Environment, Exam
 from roi_lib.generation import Engine, Request, Stream, all_eos_ids, within_budget
-from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, exam_rewards, roll_out, training_exams
 from roi_lib.sitting import responses
 from roi_lib.store.checkpoints import weights_hash
-from roi_lib.store.files import folder_lock, newest_complete, write_manifest
 from roi_lib.training import common
 from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe, save_snapshot
 from roi_lib.worlds import RARLRecipe, check_choice
@@ -36,10 +32,9 @@ ENGINES = ("torch", "colocate", "server")
 GAP = "sampling/sampling_logp_difference/mean"
 
 
-def grpo_config(
-    recipe: RARLRecipe, work: Path, engine: str = "torch", vllm_url: str | None = None
-) -> GRPOConfig:
-    """The recipe in TRL's terms; see `train`. `ValueError`: rows that do not divide, bad engine."""
+def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
+                vllm_url: str | None = None) -> GRPOConfig:
+    """The recipe in TRL's terms. `ValueError`: rows that do not divide, or no such engine."""
     trl, rows = recipe.trl, recipe.exams * recipe.rollouts
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate and torchrun set it
     check_choice("engine", engine, ENGINES)
@@ -72,9 +67,7 @@ def grpo_config(
 
 class TrainerVLLM(Engine):
     """The vLLM that a GRPOTrainer keeps in step with its weights; the temperature is the trainer's.
-
-    `logprobs` holds, after a call, what vLLM says of each token it drew: one list a rollout.
-    """
+    `logprobs` holds, after a call, what vLLM says of each token it drew: one list a rollout."""
 
     def __init__(self, trainer: GRPOTrainer, eos_ids: Sequence[int]) -> None:
         self.engine, self.eos_ids, self.logprobs = trainer.vllm_generation, eos_ids, []
@@ -92,10 +85,8 @@ class TrainerVLLM(Engine):
 
 
 class ExamRollouts:
-    """TRL's `rollout_func`: sits the step's exams under their budget, and rewards them.
-
-    Rewards travel with the rollouts under the key `reward`; `exam_reward` hands them to TRL.
-    """
+    """TRL's `rollout_func`: sits the step's exams under their budget, and rewards them: rewards
+    travel with the rollouts under the key `reward`, and `exam_reward` hands them to TRL."""
 
     def __init__(self, env: Environment, recipe: RARLRecipe, pool=None) -> None:
         self.env, self.recipe, self.pool, self.row = env, recipe, pool, {}
@@ -106,12 +97,8 @@ class ExamRollouts:
         return exams, budget, [self.env.message(exam, budget, STYLE) for exam in exams]
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
-        """Rollouts of this process's prompts, which are exams of the step in whole groups.
-
-        Raises:
-            ValueError: they are not.
-            FloatingPointError: NaN or infinite logits; names the step.
-        """
+        """Rollouts of this process's prompts; `ValueError`: they are not exams of the step in whole
+        groups. `FloatingPointError`: NaN or infinite logits; names the step."""
         step, n = trainer.state.global_step, self.recipe.rollouts
         (exams, budget, messages), own = self.step(step), prompts[::n]
         if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(messages):
@@ -140,22 +127,26 @@ def exam_reward(reward: list[float | None], **kwargs) -> list[float | None]:
     return reward
 
 
-class StepReport(ProgressCallback):
-    """Log, snapshots and progress bar as in `training.rarl`; marks whole checkpoints as whole.
+class StepReport(common.Report):
+    """Log, snapshots and bar as in `training.rarl`; of several processes, the rows tell of the
+    rollouts of the first."""
 
-    With several processes, the first one writes; what it says of rollouts is of its own share.
-    """
+    columns = list(COLUMNS)
 
-    def __init__(self, rollouts: ExamRollouts, work: Path) -> None:
+    def __init__(self, rollouts: ExamRollouts) -> None:
         super().__init__()
-        self.rollouts, self.work = rollouts, work
+        self.rollouts = rollouts
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Open the log, without the rows that come again; the start is kept as step 0."""
+        """The start is kept as step 0."""
         super().on_train_begin(args, state, control)
+        self.on_step_end(args, state, control, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Keep the model (of a model with adapters: those) after the steps `recipe.snapshots`."""
+        super().on_step_end(args, state, control)
         if state.is_world_process_zero:
-            self.log = common.TrainingLog(self.work / "log.csv", list(COLUMNS), state.global_step)
-            self.on_step_end(args, state, control, model)
+            save_snapshot(Path(args.output_dir), model, self.rollouts.recipe, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """One row a step; `FloatingPointError`: NaN or infinite loss or gradient."""
@@ -166,58 +157,34 @@ class StepReport(ProgressCallback):
         # TRL measures the gap with vLLM; our torch engine samples with the trainer's own weights
         self.log.append(row | {
             "step": step, "grad_norm": float(logs["grad_norm"]), "entropy": float(logs["entropy"]),
-            "no_spread": float(logs["frac_reward_zero_std"]), "seconds": self.log.seconds(),
+            "no_spread": float(logs["frac_reward_zero_std"]),
             "logprob_gap": check_gap(float(logs[GAP])) if GAP in logs else math.nan})
         self.training_bar.set_postfix({name: self.log.rows[-1][name] for name in SHOWN})
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Keep the model (of a model with adapters: those) after the steps `recipe.snapshots`."""
-        super().on_step_end(args, state, control)
-        if state.global_step in self.rollouts.recipe.snapshots and state.is_world_process_zero:
-            save_snapshot(self.work, model, state.global_step)
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        """The manifest comes last: a checkpoint without it was not written to the end."""
-        args.distributed_state.wait_for_everyone()  # each process has its own file there
-        if state.is_world_process_zero:
-            write_manifest(self.work / f"checkpoint-{state.global_step}")
-
-
-def make_trainer(
-    env: Environment, model, recipe: RARLRecipe, work: Path, pool: Sequence[Problem] | None = None,
-    engine: str = "torch", vllm_url: str | None = None,
-) -> GRPOTrainer:
-    """A trainer that does what `training.rarl.train` does, with TRL's update; see `train`."""
+def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
+                 engine: str = "torch", vllm_url: str | None = None) -> GRPOTrainer:
+    """A trainer that does what `training.rarl.train` does, with TRL's update. `engine` is who
+    samples (see `ENGINES`), `vllm_url` the address of a running `trl vllm-serve`."""
     rollouts = ExamRollouts(env, recipe, pool)
     prompts = [m for step in range(recipe.steps) for m in rollouts.step(step)[2]]
     trainer = GRPOTrainer(
         model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
         train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=env.tokenizer,
         rollout_func=rollouts, peft_config=common.lora(recipe.trl.lora_rank),
-        callbacks=[StepReport(rollouts, work)])
+        callbacks=[StepReport(rollouts)])
     trainer.remove_callback(PrinterCallback)  # it prints what the log holds
     return trainer
 
 
-def train(
-    env: Environment, model, recipe: RARLRecipe, work: Path, pool: Sequence[Problem] | None = None,
-    engine: str = "torch", vllm_url: str | None = None,
-):
-    """Train with TRL, and return the model; continue from the newest whole checkpoint in `work`.
+def train(env: Environment, model, recipe: RARLRecipe, work: Path, *options):
+    """Train a model with `make_trainer` (which takes the `options`), on from the newest whole
+    checkpoint in `work`, and return it; `accelerate launch` spreads it over several GPUs.
 
-    Start it with `accelerate launch` for several GPUs. Saves fall on step boundaries, where the
-    rollouts of a step have all been used (TRL resumes exactly only there). `engine` is who samples
-    (see `ENGINES`), `vllm_url` the address of a running `trl vllm-serve`.
-
-    Raises:
-        ValueError: `work` holds another run, or another process is at it; see `grpo_config`.
-        FloatingPointError: NaN or infinite logits, loss or gradient; names the step.
-        OSError: the disk is full.
+    Saves fall on step boundaries, where the rollouts of a step have all been used (TRL resumes
+    exactly only there). Errors: as `training.rarl.train`; `OSError`: the disk is full.
     """
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes, this one has the lock
-    with folder_lock(work) if first else nullcontext():
-        if first:
-            common.same_recipe(work, asdict(recipe) | {
-                "world": env.world.name, "start": weights_hash(model)})
-        trainer = make_trainer(env, model, recipe, work, pool, engine, vllm_url)
-        return common.run_trainer(trainer, newest_complete(work, "checkpoint-"))
+    start = {"world": env.world.name, "start": weights_hash(model)}
+    with common.run_folder(work, recipe, **start) if first else nullcontext():
+        return common.run_trainer(make_trainer(env, model, recipe, work, *options))
