@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; what a user can get wrong ends in one sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    after = dict(zip(words, [*words[1:], ""], strict=True))
+    after = dict(zip(words, words[1:], strict=False))
     try:
         commands(get_world(after.get("--world", "pocket"))).cli(
             prog="python -m roi_lib", description=__doc__, args=arguments, registry=REGISTRY,

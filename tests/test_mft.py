@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
+from trl import SFTConfig
 
 from roi_lib import mft as core
 from roi_lib.engines import LoggedEngine, RunLog
@@ -139,8 +140,9 @@ def test_loss_of_a_batch_by_hand(env, targets, tmp_path):
     rows = [core.make_row(env, targets[i : i + n], 64) for i, n in ((0, 3), (9, 1))]
     model, total = tiny_model(env.tokenizer), 0.0
     trainer = mft.TagTrainer(
-        model, mft.sft_config(replace(SMALL, bf16=False), tmp_path), processing_class=env.tokenizer,
-        train_dataset=mft.as_dataset(rows))
+        model, SFTConfig(str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none",
+                         dataset_kwargs={"skip_prepare_dataset": True}),
+        processing_class=env.tokenizer, train_dataset=mft.as_dataset(rows))
     trainer.token_weights = mft.token_weights(env, replace(SMALL, tag_weight=5.0))
     levels = env.tokenizer.convert_tokens_to_ids([f"Level-{k}" for k in range(4)])
     for row in rows:
@@ -235,8 +237,8 @@ def test_calibration_of_a_writer_who_knows_himself(env):
         assert result["answer_accuracy"][tier]["base"] == 1.0
     counts = np.array(result["confusion"])
     assert counts.sum() == np.trace(counts) > 0 == result["missed_skips"]
-    labels = pd.DataFrame([{"tier": "easy"}])
-    assert "| hard | [1.0, " in mft.measured(labels, result | {"false_skips": None})
+    card = mft.measured([{"tier": "easy"}], result)
+    assert "on 12 unseen papers" in card and "\nhard    [1.0, 1.0, 1.0] " in card
 
 
 def sampled(env, problems, work, start):

@@ -102,7 +102,7 @@ def test_pocket_from_a_checkpoint_to_a_checkpoint(env, run, start, tmp_path):
     train_rarl(POCKET, out, work, replace(SMALL_RARL, **short), start, n_papers=4)
     verify_folder(out)
     card, records = (out / "README.md").read_text(), pd.read_csv(out / "exam.csv")
-    assert "--world pocket" in card and "10.0 minutes" in card and card.count("| rarl |") == 6
+    assert "--world pocket" in card and "10.0 minutes" in card and card.count("\n  rarl ") == 6
     assert list(records["method"]) == ["start"] * 6 + ["rarl"] * 6 and len(log_of(out)) == 2
     papers = draw_papers(POCKET, 4, seed=PAPERS_SEED)
     again = measure(env, load_model(str(out)), papers, "again", tmp_path)

@@ -17,29 +17,26 @@ from roi_lib.training.rarl import train
 from roi_lib.worlds import ORDERS, POCKET
 
 
+@torch.no_grad()
 def test_probabilities_of_a_skip_are_those_of_its_tokens_one_by_one(env, model):
     exam = Exam(draw_papers(POCKET, 1, split="train")[0], "easy")
     routes = snapshots.skip_routes(env, model, exam, 64)
     for level in range(4):
         chances, ids = [], list(env.prompt(exam, 64, "roi"))
-        opening = f"Q1.\n{tag(level)}"
-        for token in env.encode(f"{opening} \\boxed{{NA}}"):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0, -1]
+        for token in env.encode(f"Q1.\n{tag(level)} \\boxed{{NA}}"):
+            logits = model(torch.tensor([ids])).logits[0, -1]
             chances.append(logits.softmax(-1)[token].item())
             ids.append(token)
-        n = len(env.encode(opening))
         assert routes["skip"][level] == pytest.approx(math.prod(chances), rel=1e-6)
-        assert routes["tag"][level] == pytest.approx(math.prod(chances[:n]), rel=1e-6)
+        opening = chances[: len(env.encode(f"Q1.\n{tag(level)}"))]
+        assert routes["tag"][level] == pytest.approx(math.prod(opening), rel=1e-6)
 
 
 def test_the_exam_shown_is_the_first_whose_first_problem_takes_all(env, refusal):
-    papers = draw_papers(POCKET, 4, seed=3)
-    long = "1" + " + 1" * 40
+    papers, long = draw_papers(POCKET, 4, seed=3), "1" + " + 1" * 40
     words = ["Q1. \\boxed{NA}", f"Q1. 1 Q2. {long}", f"Q1. {long}", f"Q1. 2 {long}"]
-    responses = {env.prompt(exam, 64, "roi"): env.encode(text) for exam, text in zip(
-        in_orders(papers, ["hard"], 0), words, strict=True)}
-    engine = ReplayEngine(responses, env.tokenizer.eos_token_id)
+    engine = ReplayEngine({env.prompt(exam, 64, "roi"): env.encode(text) for exam, text in zip(
+        in_orders(papers, ["hard"], 0), words, strict=True)}, env.tokenizer.eos_token_id)
     assert snapshots.find_example(env, engine, papers) == 2
     assert "give more --papers" in refusal(snapshots.find_example, env, engine, papers[:2])
 
@@ -59,30 +56,17 @@ def test_hard_problems_are_counted_by_position():
          "level": 1, "reward": 0.2}]
 
 
-@pytest.fixture(scope="module")
-def runs(env, tmp_path_factory):
-    """Work folders of runs of one step: what they kept is their name; `other` starts elsewhere."""
-    folder = tmp_path_factory.mktemp("runs")
+def test_every_model_that_was_kept_is_looked_at(env, monkeypatch, tmp_path, refusal):
+    """As a notebook reads them; runs without any, or of different starts, are refused."""
     for name, kept, dtype in (("none", (), torch.float32), ("0", (0,), torch.float32),
                               ("1", (1,), torch.float32), ("other", (), torch.float64)):
         train(env, tiny_model(env.tokenizer).to(dtype), replace(
-            SMALL_RARL, steps=1, snapshots=kept), folder / name)
-    return folder
-
-
-def test_runs_without_snapshots_or_of_different_starts_are_refused(runs, refusal):
-    assert "none has no snapshots; name the --work" in refusal(
-        snapshots.find_snapshots, [runs / "none"])
-    assert "had different starts" in refusal(
-        snapshots.find_snapshots, [runs / "0", runs / "other"])
-    with pytest.raises(FileNotFoundError):
-        snapshots.find_snapshots([runs / "nowhere"])
-
-
-def test_every_model_that_was_kept_is_looked_at(runs, env, monkeypatch):
+            SMALL_RARL, steps=1, snapshots=kept), tmp_path / name)
+    for names, words in ((["none"], "name the --work"), (["0", "other"], "different starts")):
+        assert words in refusal(snapshots.find_snapshots, [tmp_path / name for name in names])
     monkeypatch.setattr(snapshots, "find_example", lambda *_: 1)
     monkeypatch.setattr(snapshots, "load_environment", lambda _: env)
-    found = snapshots.snapshot_report(POCKET, [runs / "1", runs / "0"], 2, seed=1)
+    found = snapshots.snapshot_report(POCKET, [tmp_path / "1", tmp_path / "0"], 2, seed=1)
     (exam,) = in_orders(draw_papers(POCKET, 2, seed=1)[1:], ["hard"], 1)
     assert found["ids"] == [p.id for p in exam.problems] and found["budget"] == 64
     assert [step["step"] for step in found["steps"]] == [0, 1]
@@ -90,7 +74,6 @@ def test_every_model_that_was_kept_is_looked_at(runs, env, monkeypatch):
         assert sum(p["cost"] for p in step["problems"]) <= len(step["ids"]) <= 64
         assert sum(row["problems"] for row in step["hard"]) == 2 * len(ORDERS) * 2
     shipped = json.loads((DATA / "rarl-snapshots.json").read_text())
-    for ours, theirs in ((found, shipped), (found["steps"][0], shipped["steps"][0]),
-                         (found["steps"][0]["hard"][0], shipped["steps"][0]["hard"][0]),
-                         (found["steps"][0]["problems"][0], shipped["steps"][0]["problems"][0])):
-        assert list(json.loads(json.dumps(ours))) == list(theirs), "as the notebook reads it"
+    one, other = found["steps"][0], shipped["steps"][0]
+    assert list(json.loads(json.dumps(found))) == list(shipped) and list(one) == list(other)
+    assert all(list(one[key][0]) == list(other[key][0]) for key in ("problems", "hard"))

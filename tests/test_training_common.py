@@ -15,23 +15,23 @@ from roi_lib.store.checkpoints import load_tokenizer
 from roi_lib.store.files import verify_folder
 from roi_lib.store.tokenizers import train_bpe
 from roi_lib.training import common
-from roi_lib.worlds import PAPER
+from roi_lib.worlds import PAPER, POCKET
 
 
 def test_a_continued_log_repeats_no_step_and_goes_on_counting_seconds(tmp_path, monkeypatch):
-    now, path = [100.0], tmp_path / "log.csv"
+    now = [100.0]
     monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
 
     def work(log, steps):
         for step in steps:
             now[0] += 7
-            log.append({"step": step, "loss": math.nan if step == 2 else 0.1 * step, "extra": 1,
-                        "seconds": log.seconds()})
+            log.append({"step": step, "loss": math.nan if step == 2 else 0.1 * step, "extra": 1})
 
-    work(common.TrainingLog(path, ("step", "loss", "seconds"), 0), (1, 2, 3))
+    work(common.TrainingLog(tmp_path, ("step", "loss", "seconds")), (1, 2, 3))
     now[0] = 5_000.0
-    work(common.TrainingLog(path, ("step", "loss", "seconds"), last_step=2), (3, 4))
-    assert path.read_text() == "step,loss,seconds\n1,0.1,7.0\n2,,14.0\n3,0.3,21.0\n4,0.4,28.0\n"
+    work(common.TrainingLog(tmp_path, ("step", "loss", "seconds"), last_step=2), (3, 4))
+    assert (tmp_path / "log.csv").read_text().split() == [
+        "step,loss,seconds", "1,0.1,7.0", "2,,14.0", "3,0.3,21.0", "4,0.4,28.0"]
 
 
 @pytest.mark.parametrize(("logs", "words"), [
@@ -43,27 +43,37 @@ def test_what_is_no_number_stops_the_run(logs, words):
         common.check_finite(logs, "step 3, budget 64")
 
 
-def test_a_work_folder_of_another_recipe_is_refused(tmp_path, refusal):
+@dataclass
+class Recipe:
+    rate: float = 0.5
+    sizes: tuple = ((2, 1),)
+
+
+def test_a_work_folder_of_another_recipe_or_process_is_refused(tmp_path, refusal):
+    def run(recipe, **start):
+        with common.run_folder(tmp_path, recipe, POCKET, **start):
+            return refusal(common.run_folder(tmp_path, recipe, POCKET, **start).__enter__)
+
     for _ in range(2):
-        common.same_recipe(tmp_path, {"samples": 8, "sizes": ((2, 1),)})
-    assert "holds a run with another samples, seed" in refusal(
-        common.same_recipe, tmp_path, {"samples": 4, "sizes": [[2, 1]], "seed": 0})
+        assert "another process is writing" in run(Recipe())
+    assert "holds a run with another rate, start, which" in refusal(run, Recipe(0.4), start="x")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
 @pytest.mark.parametrize("size", [10, 10**6])
 def test_a_full_disk_is_an_os_error_whatever_torch_calls_it(tmp_path, size):
-    def train(resume_from_checkpoint):
-        if resume_from_checkpoint:
-            raise RuntimeError("CUDA out of memory")
+    def save(**options):
         torch.save({"w": torch.zeros(size)}, tmp_path / "full")
 
+    def fail(**options):
+        raise RuntimeError("CUDA out of memory")
+
     (tmp_path / "full").symlink_to("/dev/full")
-    trainer = SimpleNamespace(train=train, args=SimpleNamespace(output_dir="runs/mft"))
+    there = SimpleNamespace(output_dir="runs/mft")
     with pytest.raises(OSError, match="runs/mft could not be written .*make room and run the same"):
-        common.run_trainer(trainer, None)
+        common.run_trainer(SimpleNamespace(train=save, args=there))
     with pytest.raises(RuntimeError, match="^CUDA out of memory$"):  # other errors pass
-        common.run_trainer(trainer, tmp_path)
+        common.run_trainer(SimpleNamespace(train=fail, args=there))
 
 
 def parts():
@@ -108,31 +118,26 @@ def test_two_optimizers_as_one_do_what_they_do_alone_and_go_on_from_their_states
         later[1].load_state_dict({"optimizers": whole[1].state_dict()["optimizers"][:1]})
 
 
-@dataclass
-class Recipe:
-    rate: float = 0.5
-
-
-def test_a_checkpoint_has_a_card_its_log_and_a_tokenizer_only_if_it_is_given_one(model, tmp_path):
+def test_a_checkpoint_has_a_card_its_log_and_a_tokenizer_only_if_its_base_has_one(model, tmp_path):
     """Without one it is read with the world's; the paper world's stand-in has 4,096 words."""
     table = pd.DataFrame({"tier": ["easy", "hard"], "right": [1, math.nan]})
     (tmp_path / "log.csv").write_text("step,seconds\n1,60\n2,3675.6\n")
-    card = common.model_card("out", "some/base", tmp_path / "log.csv", Recipe(), about="It skips.",
-                             made="`a command`", measured=common.markdown_table(table))
     words = train_bpe(["Q1. 3 + 4 = 7", "Level-1"], size=300)
-    for name, tokenizer in (("own", words), ("none", None)):
-        common.write_checkpoint(tmp_path / name, model, tmp_path / "log.csv", card, tokenizer,
-                                facts=[1], table=table)
-        verify_folder(tmp_path / name)
-        assert [(tmp_path / name / file).read_text() for file in (
-            "facts.json", "table.csv", "log.csv")] == [
-                "[\n 1\n]\n", "tier,right\neasy,1.0\nhard,\n",
-                "step,seconds\n1,60\n2,3675.6\n"]
-    found = load_tokenizer(str(tmp_path / "own"), PAPER.tokenizer)
+    (tmp_path / "bare").mkdir()
+    words.save_pretrained(tmp_path / "rich")
+    for base in ("bare", "rich"):
+        out = tmp_path / f"{base}-out"
+        common.publish(out, model, tmp_path, Recipe(), str(tmp_path / base),
+                       {"facts.json": [1], "table.csv": table}, "It is right.", about="It skips.",
+                       made="`a command`")
+        verify_folder(out)
+        assert [(out / name).read_text() for name in ("facts.json", "table.csv", "log.csv")] == [
+            "[\n 1\n]\n", "tier,right\neasy,1.0\nhard,\n", "step,seconds\n1,60\n2,3675.6\n"]
+    found = load_tokenizer(str(out), PAPER.tokenizer)
     assert found("Q1. 3 + 47").input_ids == words("Q1. 3 + 47").input_ids
-    assert len(load_tokenizer(str(tmp_path / "none"), PAPER.tokenizer)) == 4_096
-    read = ModelCard.load(tmp_path / "own" / "README.md")
-    assert (read.data.license, read.data.base_model) == ("mit", "some/base")
-    for part in ("# out\n\nIt skips. Licence: MIT", '"rate": 0.5', "`a command`, 61.3 minutes on",
-                 "| tier | right |\n| --- | --- |\n| easy | 1.0 |\n| hard | -- |"):
+    assert len(load_tokenizer(str(tmp_path / "bare-out"), PAPER.tokenizer)) == 4_096
+    read = ModelCard.load(out / "README.md")
+    assert (read.data.license, read.data.base_model) == ("mit", str(tmp_path / "rich"))
+    for part in ("# rich-out\n\nIt skips. Licence: MIT", '"rate": 0.5', "`a command`, 61.3 minutes",
+                 "It is right."):
         assert part in read.text

@@ -126,8 +126,8 @@ def test_a_sampler_that_is_another_policy_is_noticed(env, tmp_path, recwarn):
     """As TRL logs it with vLLM; without vLLM it says nothing, and nothing is told."""
     rollouts, state = trl.ExamRollouts(env, SMALL_TRL), TrainerState(max_steps=6)
     rollouts.row = dict.fromkeys(own.COLUMNS, 1.0)
-    report = trl.StepReport(rollouts, tmp_path)
-    report.on_train_begin(None, state, None)
+    report = trl.StepReport(rollouts)
+    report.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None)
     logs = {"loss": 0.0, "grad_norm": 0.1, "frac_reward_zero_std": 0.0, "entropy": 0.5}
     for told, gap in ((0, {}), (0, {trl.GAP: 0.009}), (1, {trl.GAP: 0.02}), (2, {trl.GAP: NAN})):
         report.on_log(None, state, None, logs | gap)
@@ -161,7 +161,7 @@ def test_prompts_are_those_of_our_own_trainer_and_failed_rollouts_go_unscored(
     monkeypatch.setattr(rarl, "problem_rewards", lambda table, *_: (table["rollout"] / 3).where(
         table["rollout"] > 0))
     out = trainer.rollout_func([m for m in prompts[:2] for _ in range(4)], trainer)
-    assert trl.exam_reward(out["reward"]) == [None, 1.0, 2.0, 3.0] * 2
+    assert trainer.reward_funcs[0](out["reward"]) == [None, 1.0, 2.0, 3.0] * 2
     assert all(out["completion_ids"]) and out["logprobs"] is None
     assert "the prompts of step 0 are not its exams, 4 times each" in refusal(
         trainer.rollout_func, [m for m in prompts[2:4] for _ in range(4)], trainer)

@@ -1,14 +1,11 @@
 """What each choice of RARL is worth: the same recipe with one thing changed, all in one table.
 
-    ABLATIONS     name -> what it is there to show, what is changed, and where the run starts
-    run_variant   one of them, in a process of its own: train, measure, diagnose
-    ablate        all of them, two at a time, to a table and their logs
-    write_seeds   checkpoints of several seeds in one table of the same form
+`ablate` runs the variants of `ABLATIONS` side by side; `write_seeds` puts checkpoints of several
+seeds into a table of the same form.
 """
 
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -46,15 +43,13 @@ ABLATIONS = {
 COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
            "regret_high", "skip_easy", "skip_medium", "skip_hard", "answers_tagged_right",
            "skips_tagged_right", "tokens", "n_exams", "steps", "seed", "diagnosis"]
+Pool = Sequence[Problem] | None
 
 
 def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_papers: int,
-                threads: int = 1, train_pool: Sequence[Problem] | None = None,
-                test_pool: Sequence[Problem] | None = None) -> pd.DataFrame:
-    """Train and measure one variant; its rows of the table.
-
-    `work/NAME` keeps everything, what the run prints too; what is found there is not done again.
-    """
+                threads: int, pools: tuple[Pool, Pool]) -> pd.DataFrame:
+    """Train and measure one variant in a process of its own; its rows of the table. `work/NAME`
+    keeps everything, what the run prints too; what is found there is not done again."""
     torch.set_num_threads(threads)
     (_, change, start), folder = ABLATIONS[name], work / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,66 +58,55 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
             redirect_stderr(out):
         env, model = load_environment(world, checkpoint), load_model(checkpoint, "float32")
         if change is not None:
-            model = train(env, model, replace(recipe, **change(recipe)), folder, train_pool)
+            model = train(env, model, replace(recipe, **change(recipe)), folder, pools[0])
             found, steps = "; ".join(f.cause for f in diagnose(folder / "log.csv")), recipe.steps
-        papers = draw_papers(world, n_papers, seed=PAPERS_SEED, pool=test_pool)
+        papers = draw_papers(world, n_papers, seed=PAPERS_SEED, pool=pools[1])
         records = measure(env, model, papers, name, folder / "exams")
     return records.assign(variant=name, steps=steps, seed=recipe.seed, diagnosis=found)
 
 
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
-           train_pool: Sequence[Problem] | None = None,
-           test_pool: Sequence[Problem] | None = None) -> pd.DataFrame:
+           pools: tuple[Pool, Pool] = (None, None)) -> pd.DataFrame:
     """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each.
 
     `work` is what the runs keep: the same command goes on where it stopped. The table goes to
-    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. All are measured on the same `n_papers`
-    unseen papers. `ValueError`: unknown name, or a variant that failed, once the others are done.
+    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. `pools` are problems to train and to
+    measure on. `ValueError`: unknown name, or a variant that failed, once the others are done.
     """
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)
-    tables, failed = {}, {}
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
-        runs = {executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
-                                train_pool, test_pool): name for name in names}
-        for run in tqdm(as_completed(runs), "variants", len(runs), file=sys.stderr):
-            if run.exception():
-                failed[runs[run]] = run.exception()
-            else:
-                tables[runs[run]] = run.result()
-    done = [name for name in names if name in tables]
-    if done:
-        table = pd.concat([tables[name] for name in done])[COLUMNS].round(4)
-        write_table(out, table, {name: work / name / "log.csv" for name in done
-                                 if ABLATIONS[name][1] is not None})
+        runs = {name: executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
+                                      pools) for name in names}
+        for _ in tqdm(as_completed(runs.values()), "variants", len(runs)):
+            pass
+    failed = {name: run.exception() for name, run in runs.items() if run.exception()}
+    if done := [name for name in runs if name not in failed]:
+        table = write_table(out, (runs[name].result() for name in done), {
+            name: work / name / "log.csv" for name in done if ABLATIONS[name][1] is not None})
     for name, error in failed.items():
         raise ValueError(f"{name} failed ({error}); run the same command again") from error
     return table
 
 
 def write_seeds(checkpoints: Sequence[tuple[int, Path]], out: Path) -> None:
-    """Checkpoints of RARL, (seed of the training, folder), in one table of the same columns.
-
-    The start, the same for all, comes once. The runs' logs become TABLE/SEED.csv.
-
-    Raises:
-        OSError: a folder without `exam.csv` or `log.csv`.
-    """
+    """Checkpoints of RARL, (seed of the training, folder), in one table; the start, the same for
+    all, comes once, and the logs become TABLE/SEED.csv. `OSError`: no `exam.csv` or `log.csv`."""
     tables = []
-    for i, (seed, folder) in enumerate(checkpoints):
+    for seed, folder in checkpoints:
         rows = pd.read_csv(folder / "exam.csv").rename(columns={"method": "variant"})
-        rows["seed"] = rows["variant"].map({"rarl": seed})
-        tables.append(rows if i == 0 else rows[rows["variant"] != "start"])
-    table = pd.concat(tables).reindex(columns=COLUMNS).astype({"seed": "Int64"})
-    write_table(out, table.round(4), {str(seed): folder / "log.csv"
-                                      for seed, folder in checkpoints})
+        rows["seed"] = rows["variant"].map({"rarl": seed}).astype("Int64")
+        tables.append(rows[rows["variant"] != "start"] if tables else rows)
+    write_table(out, tables, {str(seed): folder / "log.csv" for seed, folder in checkpoints})
 
 
-def write_table(out: Path, table: pd.DataFrame, logs: dict[str, Path]) -> None:
-    """Write the table in one piece, and the logs into the folder of its name."""
+def write_table(out: Path, tables: Iterable[pd.DataFrame], logs: dict[str, Path]) -> pd.DataFrame:
+    """Write tables as one, in one piece, and the logs into the folder of its name."""
+    table = pd.concat(tables).reindex(columns=COLUMNS).round(4)
     write_csv(out, table)
     out.with_suffix("").mkdir(parents=True, exist_ok=True)
     for name, log in logs.items():
         shutil.copy(log, out.with_suffix("") / f"{name}.csv")
+    return table

@@ -23,16 +23,13 @@ def random_instance(n: int, budget: int, k: int, s: int, seed: int = 0) -> Insta
     return Instance(budget, [[SKIP] + [act(f"effort {j}") for j in range(1, k)] for _ in range(n)])
 
 
-def milp_value(costs: list, rewards: list, budget: int) -> float:
-    """One exam with known outcomes, N arrays (K_i,) each, by scipy.optimize.milp with gap 0."""
-    owner = np.repeat(np.arange(len(costs)), [len(c) for c in costs])
-    one_each = (owner == np.arange(len(costs))[:, None]).astype(float)
-    spend = np.minimum(np.concatenate(costs), budget + 1)[None]
-    result = milp(-np.concatenate(rewards), integrality=np.ones(len(owner)), bounds=(0, 1),
-                  constraints=[LinearConstraint(one_each, 1, 1),
-                               LinearConstraint(spend, -np.inf, budget)],
-                  options={"mip_rel_gap": 0})
-    return -result.fun
+def milp_value(owner: np.ndarray, cost: np.ndarray, reward: np.ndarray, budget: int) -> float:
+    """One exam with known outcomes, by scipy.optimize.milp with gap 0: class, cost and reward of
+    each action."""
+    one_each = (owner == np.unique(owner)[:, None]).astype(float)
+    return -milp(-reward, integrality=np.ones(len(owner)), bounds=(0, 1), constraints=[
+        LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None], -np.inf, budget)],
+        options={"mip_rel_gap": 0}).fun
 
 
 def best_ms(function, repeats: int):
@@ -49,13 +46,11 @@ def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
     """The dynamic program for known outcomes beside milp, on the same draws."""
     instance = random_instance(n, budget, 4, 64)
     draws = osmckp.draw(instance, exams)
-    tables = [[[getattr(a, what)[pick[:, k]] for k, a in enumerate(actions)]
-               for actions, pick in zip(instance.classes, draws, strict=True)]
-              for what in ("cost", "reward")]
-    rows = [[[np.array([column[run] for column in columns]) for columns in table]
-             for table in tables] for run in range(exams)]
+    known = [np.array([(i, action.cost[pick[run, k]], action.reward[pick[run, k]])
+                       for i, (actions, pick) in enumerate(zip(instance.classes, draws, strict=True))
+                       for k, action in enumerate(actions)], float).T for run in range(exams)]
     dp_ms, dp = best_ms(lambda: osmckp.hindsight_scores(instance, draws), repeats)
-    milp_ms, ip = best_ms(lambda: [milp_value(*row, budget) for row in rows], 1)
+    milp_ms, ip = best_ms(lambda: [milp_value(*one, budget) for one in known], 1)
     return {"exams": exams, "N": n, "B": budget, "K": 4, "dp_ms_per_exam": dp_ms / exams,
             "milp_ms_per_exam": milp_ms / exams, "speedup": milp_ms / dp_ms,
             "largest_difference": float(np.abs(dp - np.array(ip)).max())}
@@ -63,8 +58,7 @@ def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
 
 def bench(exams: int = 200, repeats: int = 5) -> dict:
     """All timings as one JSON-ready dict; about ten seconds."""
-    instance = random_instance(3, 4096, 4, 256)
-    ms, solution = best_ms(lambda: osmckp.solve(instance), repeats)
+    ms, solution = best_ms(lambda: osmckp.solve(random_instance(3, 4096, 4, 256)), repeats)
     return {"one_instance": {"N": 3, "B": 4096, "K": 4, "S": 256, "ms": ms, "target_ms": 25,
                              "value": solution.value},
             "offline_vs_milp": [offline(n, 1024, exams, repeats) for n in (3, 12)]}

@@ -14,9 +14,7 @@ import pandas as pd
 
 from roi_lib.training.rarl import COLUMNS, LARGEST_GAP
 
-#: Rows at each end of the log, at most; never more than half of it. Two or three budgets in turn
-#: weigh the same at both ends.
-WINDOW = 12
+WINDOW = 12  # rows at each end, at most: two or three budgets in turn weigh the same at both
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Find
          "start from an MFT checkpoint, with the prompting style that it was trained on; check the "
          "level edges against the costs, tag included"),
         (last.no_spread > 0.9, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",
-         "more rollouts an exam; exams that the model solves now and then; temperature 1"),
-    ]
+         "more rollouts an exam; exams that the model solves now and then; temperature 1")]
     return [Finding(*words) for fits, *words in checks if fits]
 
 
@@ -68,14 +65,14 @@ def diagnose(log: Path) -> list[Finding]:
     """The known causes that fit a training log; `ValueError` where it is none, or has no row."""
     try:
         rows = pd.read_csv(log)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        if missing := [column for column in COLUMNS if column not in rows]:
+            raise ValueError(f"it has no column {missing[0]!r}")
+    except ValueError as error:  # those of pandas too
         raise ValueError(f"{log} is no log of RARL: {error}") from error
-    if missing := [column for column in COLUMNS if column not in rows]:
-        raise ValueError(f"{log} is no log of RARL: it has no column {missing[0]!r}")
     if rows.empty:
         raise ValueError(f"{log} has no step yet; let the training do a few")
     rows = rows[list(COLUMNS)]
-    if words := list(rows.columns[~rows.dtypes.map(pd.api.types.is_numeric_dtype)]):
+    if words := list(rows.select_dtypes(exclude="number")):
         raise ValueError(f"{log} holds a field that is no number, in column {words[0]!r}; restore "
                          "it, or run the training again")
     width = max(1, min(WINDOW, len(rows) // 2))
@@ -84,6 +81,5 @@ def diagnose(log: Path) -> list[Finding]:
 
 def report(found: Sequence[Finding]) -> str:
     """Findings as text, the more fundamental first."""
-    if not found:
-        return "no known cause fits: nothing in this log looks wrong"
-    return "\n".join(f"{f.cause}: {f.evidence}\n    try: {f.remedy}" for f in found)
+    return "\n".join(f"{f.cause}: {f.evidence}\n    try: {f.remedy}" for f in found) or (
+        "no known cause fits: nothing in this log looks wrong")

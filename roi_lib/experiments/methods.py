@@ -24,7 +24,7 @@ from roi_lib.generation import Engine, Rollout
 from roi_lib.osmckp import greedy_knapsack
 from roi_lib.problems import Problem
 from roi_lib.rational import SAMPLES, Outcomes, check_samples, rational_bounds, sample_outcomes
-from roi_lib.sitting import COLUMNS, responses, sit, tabulate
+from roi_lib.sitting import COLUMNS, sit, tabulate
 from roi_lib.store.checkpoints import load_environment, locate
 from roi_lib.store.files import CheckpointError
 from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
@@ -55,20 +55,26 @@ class Comparison:
 
     def checkpoint(self, name: str) -> str | None:
         """The checkpoint of a method; a `CheckpointError` where its own is not there."""
-        method = self.world.method(name)
-        if self.model or method.checkpoint is None:
+        own = self.world.method(name).checkpoint
+        if self.model or own is None:
             return self.model
-        if locate(method.checkpoint) is None and "/" not in method.checkpoint:
-            raise CheckpointError(
-                f"method {name!r} needs the checkpoint data/{method.checkpoint}, which is not "
-                "there: make it (see python -m roi_lib train --help), or leave the method out")
-        return method.checkpoint
+        if locate(own) is None and "/" not in own:
+            raise CheckpointError(f"method {name!r} needs the checkpoint data/{own}, which is not "
+                                  "there: make it (see python -m roi_lib train --help), or leave "
+                                  "the method out")
+        return own
 
     def environment(self, name: str) -> Environment:
         """World and tokenizer of a method. What a chat server writes is charged in the world's."""
         served = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
         return load_environment(self.world, None if served else self.checkpoint(name),
                                 self.tokenizer)
+
+    def sit(self, env: Environment, engine: Engine, exams: Sequence[Exam], budget: int,
+            method: Method, **options) -> pd.DataFrame:
+        """`sitting.sit` in a method's style, with the temperature and the seed of all methods."""
+        return sit(env, engine, exams, budget, style=method.style, temperature=self.temperature,
+                   seed=self.seed, **options)
 
 
 @dataclass
@@ -112,8 +118,8 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
         env.check_budget(budget)
     if method.checkpoint is None:
         exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
-        engines = dict.fromkeys(budgets, reference_engine(env, exams, budgets, method.style))
-        engine = None
+        engine = reference_engine(env, exams, budgets, method.style)
+        engines = dict.fromkeys(budgets, engine)
     else:
         engine = config.make(checkpoint, env.tokenizer, comparison.world.dtype)
         run = {"world": comparison.world.name, "model": checkpoint, "seed": comparison.seed,
@@ -122,12 +128,12 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
     if method.strategy == "rational":
         return run_rational(comparison, name, env, engines[max(budgets)], budgets)
     run_one = run_knapsack if method.strategy == "knapsack" else run_whole
-    parts = [run_one(comparison, method, env, engines[budget], budget) for budget in budgets]
-    table = pd.concat([table for table, _ in parts], ignore_index=True)
-    usage = {name: engine.usage} if hasattr(engine, "usage") else {}
+    parts = {budget: run_one(comparison, method, env, engines[budget], budget)
+             for budget in budgets}
+    table = pd.concat([table for table, _ in parts.values()], ignore_index=True)
     return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
-                   facts={(name, b): facts for b, (_, facts) in zip(budgets, parts, strict=True)},
-                   usage=usage)
+                   facts={(name, budget): facts for budget, (_, facts) in parts.items()},
+                   usage={name: engine.usage} if hasattr(engine, "usage") else {})
 
 
 def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
@@ -138,48 +144,45 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
     number; None: as many as pay. `ChildProcessError`: one was killed.
     """
     names, budgets = list(dict.fromkeys(names)), list(dict.fromkeys(budgets))
-    strategies = {name: comparison.world.method(name).strategy for name in names}
+    rational = [name for name in names if comparison.world.method(name).strategy == "rational"]
     checkpoints = [comparison.checkpoint(name) for name in names]
-    if "rational" in strategies.values():
+    if rational:
         check_samples(comparison.samples)
     workers = workers or default_workers(comparison, checkpoints)
     if workers == 1:
         return Results.join([run_method(comparison, name, budgets) for name in names])
-    jobs = [(name, part) for name in names for part in (
-        [budgets] if strategies[name] == "rational" else [[budget] for budget in budgets])]
+    jobs = [(name, part) for name in names
+            for part in ([budgets] if name in rational else [[budget] for budget in budgets])]
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
-                             (threads,)) as pool:
-        running = {i: pool.submit(run_method, comparison, *jobs[i])
-                   for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
-        wait(running.values(), return_when=FIRST_EXCEPTION)
-        begun = [future for future in running.values() if not future.cancel()]
-        for error in filter(None, (future.exception() for future in begun)):
-            if isinstance(error, BrokenProcessPool):
-                raise ChildProcessError("a worker process was ended from outside, perhaps for lack "
-                                        "of memory; try --workers 1") from error
-            raise error
-        return Results.join([running[i].result() for i in range(len(jobs))])
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
+                                 (threads,)) as pool:
+            running = {i: pool.submit(run_method, comparison, *jobs[i])
+                       for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
+            wait(running.values(), return_when=FIRST_EXCEPTION)
+            begun = [i for i, future in running.items() if not future.cancel()]
+            results = {i: running[i].result() for i in begun}
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a worker process was ended from outside, perhaps for lack of "
+                                "memory; try --workers 1") from error
+    return Results.join([results[i] for i in range(len(jobs))])
 
 
 def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -> int:
     """One process a core, four at most, where that pays: a small model cannot keep two cores busy,
     and a process takes some seconds to start."""
     folders = [locate(checkpoint) for checkpoint in checkpoints if checkpoint]
+    pays = comparison.engine.name == "torch" and len(comparison.papers) * len(folders) >= 400
     small = all(folder and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 2**26
                 for folder in folders)
-    if comparison.engine.name == "torch" and small and len(comparison.papers) * len(folders) >= 400:
-        return min(os.cpu_count() or 1, 4)
-    return 1
+    return min(os.cpu_count() or 1, 4) if pays and small else 1
 
 
 def run_whole(comparison: Comparison, method: Method, env: Environment, engine: Engine,
               budget: int) -> tuple[pd.DataFrame, dict]:
     """The paper as one exam, which is what a model does by itself."""
-    return pd.concat([
-        sit(env, engine, comparison.exams(order), budget, style=method.style,
-            temperature=comparison.temperature, seed=comparison.seed)
-        for order in comparison.orders], ignore_index=True), {}
+    return pd.concat([comparison.sit(env, engine, comparison.exams(order), budget, method)
+                      for order in comparison.orders], ignore_index=True), {}
 
 
 def run_rational(comparison: Comparison, name: str, env: Environment, engine: Engine,
@@ -194,41 +197,29 @@ def run_rational(comparison: Comparison, name: str, env: Environment, engine: En
 
 
 # ---------------------------------------------------------------- Greedy Knapsack
-def predict_levels(comparison: Comparison, method: Method, env: Environment, engine: Engine,
-                   budget: int) -> pd.DataFrame:
-    """Every problem of every paper alone, its prompt with the exam's budget, decoded no further
-    than a header with its tag; a row a problem."""
-    streams = [(i, j) for i, paper in enumerate(comparison.papers) for j, _ in enumerate(paper)]
-    alone = [Exam((comparison.papers[i][j],), "easy") for i, j in streams]
-    table = sit(env, engine, alone, budget, style=method.style, seed=comparison.seed,
-                temperature=comparison.temperature, streams=streams, cap=env.smallest_budget)
-    table["exam"] = [i for i, _ in streams]
-    return table
-
-
 def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,
                  budget: int) -> tuple[pd.DataFrame, dict]:
-    """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction."""
-    predicted = predict_levels(comparison, method, env, engine, budget)
-    unread = predicted["predicted"] < 0
-    levels = predicted["predicted"].mask(unread, env.world.skip_level).to_numpy()
-    levels = levels.reshape(len(comparison.papers), -1)
-    tokens = predicted.groupby("exam")["tokens"].sum().to_numpy()
-    charges = tokens * method.charged
-    tables = []
+    """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction:
+    every problem alone, its prompt with the exam's budget, no further than a header with a tag."""
+    streams = [(i, j) for i, paper in enumerate(comparison.papers) for j, _ in enumerate(paper)]
+    alone = [Exam((problem,), "easy") for paper in comparison.papers for problem in paper]
+    predicted = comparison.sit(env, engine, alone, budget, method, streams=streams,
+                               cap=env.smallest_budget)
+    unread, shape = predicted["predicted"] < 0, (len(comparison.papers), -1)
+    levels = predicted["predicted"].mask(unread, env.world.skip_level).to_numpy().reshape(shape)
+    tokens = predicted["tokens"].to_numpy().reshape(shape).sum(1)
+    charges, tables = tokens * method.charged, []
     for order in comparison.orders:
-        exams = comparison.exams(order)
+        exams, parts = comparison.exams(order), []
         own = np.take_along_axis(levels, comparison.places(order), 1)
         chosen = [greedy_knapsack(row, budget - charge, env.world.centroids).tolist()
                   for row, charge in zip(own, charges, strict=True)]
-        parts = []
         for charge in sorted(set(charges)):  # one, unless a prediction ended before its tag
             rows = [i for i, exam in enumerate(exams) if charges[i] == charge and any(chosen[i])
                     and budget - charge >= env.smallest_budget]
             if rows:
                 some = [Exam(tuple(compress(exams[i].problems, chosen[i])), order) for i in rows]
-                part = sit(env, engine, some, int(budget - charge), style=method.style,
-                           temperature=comparison.temperature, seed=comparison.seed)
+                part = comparison.sit(env, engine, some, int(budget - charge), method)
                 parts.append(part.assign(exam=np.take(rows, part["exam"])))
         tables.append(whole_papers(env, exams, budget, own, parts, charges))
     return pd.concat(tables, ignore_index=True), {
@@ -240,16 +231,13 @@ def whole_papers(env: Environment, exams: Sequence[Exam], budget: int, levels: n
                  parts: Sequence[pd.DataFrame], charges: np.ndarray) -> pd.DataFrame:
     """Tables of the problems chosen, as one of the whole papers; the others are skipped. What is
     charged for the prediction pass, one number an exam, is the response's preamble."""
-    key, nothing = ["exam", "problem"], [[Rollout((), True)]] * len(exams)
-    table = tabulate(env, exams, budget, nothing).assign(
+    key, of_response = ["exam", "problem"], COLUMNS[COLUMNS.index("tokens"):]
+    skips = tabulate(env, exams, budget, [[Rollout((), True)]] * len(exams)).assign(
         skipped=True, answer=SKIP_ANSWER, predicted=levels.ravel(), real=env.world.skip_level)
-    if parts:
-        sat = pd.concat(parts).drop(columns="position").assign(budget=budget)
-        sat, whole = sat.merge(table[[*key, "position"]]), responses(sat).set_index("exam")
-        rest = table.merge(sat[key], on=key, how="left_anti")
-        here = rest["exam"].isin(whole.index)
-        for column in COLUMNS[COLUMNS.index("tokens"):]:  # what belongs to the response
-            rest.loc[here, column] = rest.loc[here, "exam"].map(whole[column])
-        table = pd.concat([rest, sat]).sort_values(["exam", "position"], ignore_index=True)
+    rows = pd.concat([*parts, skips]).drop(columns="position")  # of two rows, the first counts
+    whole = rows.drop_duplicates("exam")[["exam", *of_response]]
+    table = rows.drop_duplicates(key).drop(columns=of_response).assign(budget=budget).merge(
+        whole).merge(skips[[*key, "position"]])[COLUMNS]
+    table = table.sort_values(["exam", "position"], ignore_index=True)
     extra = charges[table["exam"]]
     return table.assign(tokens=table["tokens"] + extra, preamble=table["preamble"] + extra)

@@ -27,13 +27,9 @@ RULE = ("the first unseen paper in the hard order under the smallest budget on w
 
 
 def find_snapshots(works: Sequence[Path]) -> dict[int, Path]:
-    """Step -> folder of the models below `WORK/snapshots`, earliest first.
-
-    Several work folders are of one recipe and seed, for instance a short run that kept every
-    model of the beginning. `ValueError`: there are none, or two runs had different starts.
-    """
-    starts = {json.loads((work / "recipe.json").read_text())["start"] for work in works}
-    if len(starts) > 1:
+    """Step -> folder of the models below `WORK/snapshots` of runs of one recipe and seed, earliest
+    first; `ValueError`: there are none, or two runs had different starts."""
+    if len({json.loads((work / "recipe.json").read_text())["start"] for work in works}) > 1:
         raise ValueError(f"the runs {', '.join(map(str, works))} had different starts; name runs "
                          "of one recipe and seed")
     folders = {int(folder.name.split("-")[1]): folder
@@ -69,18 +65,15 @@ def skip_routes(env: Environment, model, exam: Exam, budget: int) -> dict[str, l
 
 
 def hard_problems(table: pd.DataFrame) -> list[dict]:
-    """What becomes of the hard problems at each position; shares, None of nothing.
-
-    `skipped` of all; `tagged`, of the skips that say the skip level; of those tried: `right`, and
-    `level`, of those that the budget did not cut, whose tag names the real level; `reward` of all.
-    """
+    """What becomes of the hard problems at each position; shares, None of nothing: `skipped` of
+    all; `tagged`, of the skips that say the skip level; of those tried: `right`, and `level`, of
+    those that the budget did not cut, whose tag names the real level; `reward` of all."""
     rows = []
     for position, own in table[table["tier"] == "hard"].groupby("position"):
-        tried, skips = own[own["reached"] & ~own["skipped"]], own[own["skipped"]]
-        whole = tried[tried["answer"].notna()]
-        shares = {"skipped": own["skipped"], "tagged": skips["predicted"] == skips["real"],
-                  "tried": own["reached"] & ~own["skipped"], "right": tried["correct"],
-                  "level": whole["predicted"] == whole["real"], "reward": problem_rewards(own)}
+        tried, hit = own["reached"] & ~own["skipped"], own["predicted"] == own["real"]
+        shares = {"skipped": own["skipped"], "tagged": hit[own["skipped"]], "tried": tried,
+                  "right": own["correct"][tried], "level": hit[tried & own["answer"].notna()],
+                  "reward": problem_rewards(own)}
         rows.append({"position": position, "problems": len(own)} | {
             name: round(float(values.mean()), 4) if len(values) else None
             for name, values in shares.items()})
@@ -89,11 +82,9 @@ def hard_problems(table: pd.DataFrame) -> list[dict]:
 
 def snapshot_report(world: World, works: Sequence[Path], n_papers: int, seed: int,
                     pool: Sequence[Problem] | None = None) -> dict:
-    """One exam, and the hard problems of many, under every model that a run kept; JSON-ready.
-
-    The exam is decoded greedily; the papers are sat in all orders under all budgets at
-    temperature 1. `index` is the exam's place among the `n_papers` unseen papers of `seed`.
-    """
+    """One exam, decoded greedily, and the hard problems of many, at temperature 1 in all orders
+    under all budgets, for every model that a run kept; JSON-ready. `index` is the exam's place
+    among the `n_papers` unseen papers of `seed`."""
     env, papers = load_environment(world), draw_papers(world, n_papers, seed=seed, pool=pool)
     smallest, steps, exam = min(world.budgets), [], None
     for step, folder in tqdm(find_snapshots(works).items(), "snapshots"):
@@ -108,10 +99,9 @@ def snapshot_report(world: World, works: Sequence[Path], n_papers: int, seed: in
             pd.concat([sit(env, engine, in_orders(papers, [order], seed), budget, style=STYLE,
                            seed=seed) for order in ORDERS]))]
         (whole,) = responses(shown).itertuples()
-        steps.append({
-            "step": step, "ids": list(whole.ids), "finished": bool(whole.finished),
-            "problems": json.loads(shown[["predicted", "cost", "skipped", "correct", "reward"]]
-                                   .to_json(orient="records")),
-            "opening": skip_routes(env, model, exam, smallest), "hard": hard})
+        problems = shown[["predicted", "cost", "skipped", "correct", "reward"]]
+        steps.append({"step": step, "ids": list(whole.ids), "finished": bool(whole.finished),
+                      "problems": problems.to_dict("records"),
+                      "opening": skip_routes(env, model, exam, smallest), "hard": hard})
     return {"world": world.name, "rule": RULE, "budget": smallest, "papers": n_papers,
             "seed": seed, "index": index, "ids": [p.id for p in exam.problems], "steps": steps}

@@ -1,9 +1,8 @@
-"""What the real datasets look like, in numbers: the file that notebook 02 reads.
+"""What the real datasets look like, in counts, lengths and ids: the file that notebook 02 reads.
 
     python -m roi_lib.experiments.statistics ROOT data/exam-statistics.json
 
-It holds counts, lengths and ids, no text. Lengths are tokens of `data/gsm8k-bpe`, which counts
-higher than Qwen2.5's tokenizer, most of all for LaTeX.
+Lengths are tokens of `data/gsm8k-bpe`, more than of Qwen2.5's tokenizer, most of all for LaTeX.
 """
 
 import sys

@@ -1,11 +1,5 @@
 """Sweeps: how Score and Regret change with one thing, all else as in the main table.
 
-    budget        eight budgets, from a quarter of the largest to half above it
-    problems      exams of 2 to 6 problems, with as many tokens a problem as the largest budget
-                  gives to three
-    mix           which tiers a paper holds
-    temperature   of sampling
-
 Each setting draws its papers, lets the methods sit them in every order, and gives the records of
 `table.make_records` with three more columns: sweep, x (the setting) and tiers.
 """
@@ -31,26 +25,24 @@ MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium"
 
 
 def settings(world: World, sweep: str) -> list[tuple]:
-    """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget."""
+    """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget. The more
+    `problems`, the larger the budget: a third of the world's largest for each."""
     top = max(world.budgets)
     sweeps = {
         "budget": [(None, TIERS, tuple(round(share * top) for share in BUDGET_SHARES), 1.0)],
         "problems": [(n, tuple(islice(cycle(TIERS_IN_TURN), n)), (round(top * n / 3),), 1.0)
                      for n in (2, 3, 4, 5, 6)],
         "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
-        "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)],
-    }
+        "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
     check_choice("sweep", sweep, sweeps)
     return sweeps[sweep]
 
 
-def run_sweep(
-    world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
-    pool: Sequence[Problem] | None = None, engine: EngineConfig = EngineConfig(),  # noqa: B008
-    workers: int | None = None,
-) -> pd.DataFrame:
-    """The records of all settings of a sweep. With a log folder, each setting has a folder of its
-    own in it, and a run found there goes on."""
+def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
+              pool: Sequence[Problem] | None = None,
+              engine: EngineConfig = EngineConfig(),  # noqa: B008
+              workers: int | None = None) -> pd.DataFrame:
+    """The records of all settings of a sweep; each setting has a log folder of its own."""
     tables = []
     for i, (x, tiers, budgets, temperature) in enumerate(settings(world, sweep)):
         papers = draw_papers(world, n_exams, seed=seed, pool=pool, tiers=tiers)

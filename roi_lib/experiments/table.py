@@ -1,12 +1,8 @@
 """The main table: records of a comparison, how they are shown, and the rollouts behind them.
 
-    papers.json       ids and seed of the papers (`store.papers`)
-    records.csv       a row for each method, budget and order (`make_records`)
-    METHOD.parquet    a row a problem sat (`sitting`'s table); token ids of the first papers only
-    bounds.parquet    the rational test-taker (`rational.rational_bounds`)
-    outcomes.parquet  the attempts behind it, a row an attempt
-
-`python -m roi_lib exam ... --save FOLDER` writes such a folder; the same command remakes it.
+A folder of `exam --save` holds papers.json (`store.papers`), records.csv (`make_records`), tables
+of `sitting` as METHOD.parquet (token ids of the first papers only), and of the rational test-taker
+bounds.parquet (`rational_bounds`) and outcomes.parquet (a row an attempt).
 """
 
 from dataclasses import asdict
@@ -23,7 +19,7 @@ from roi_lib.store.files import verify_folder, write_csv, write_folder, write_js
 from roi_lib.store.papers import make_paper_list
 
 TRACED = 300  # papers whose responses are kept token by token
-CELL = ["method", "budget", "order"]
+CELL, ATTEMPT = ["method", "budget", "order"], ["exam", "problem", "attempt"]
 
 
 def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
@@ -41,10 +37,9 @@ def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> d
 def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
     """One row for each method, budget and order, in the sequence of the results; also what it
     leaves behind where the rational one is there, and how it differs from the first method."""
-    world, seed, bounds = comparison.world, comparison.seed, results.bounds
-    sat = dict(iter(results.table.groupby(CELL, sort=False))) if len(results.table) else {}
-    rational = {} if bounds.empty else {key: bounds.loc[key] for key in dict.fromkeys(
-        bounds.index.droplevel("exam"))}
+    world, seed = comparison.world, comparison.seed
+    sat, rational = (dict(iter(frame.groupby(CELL, sort=False))) if len(frame) else {}
+                     for frame in (results.table, results.bounds))
     cells = [(m, b, o) for m, b in dict.fromkeys((m, b) for m, b, _ in [*sat, *rational])
              for o in comparison.orders]
     points = {key: evaluation.per_exam(sat[key])["points"].to_numpy() if key in sat
@@ -88,11 +83,10 @@ def with_brackets(records: pd.DataFrame, name: str, form: str = ".3f") -> list[s
 
 def show_order(records: pd.DataFrame, order: str = "hard") -> str:
     """One order as text: a row a method; Score, Regret and tokens, budgets side by side."""
-    here = records[records["order"] == order]
-    parts = {f"{budget} tokens": own.set_index("method").assign(
-        Score=with_brackets(own, "score"), Regret=own["regret"].map("{:.3f}".format).tolist(),
-        tokens=own["tokens"].map("{:.1f}".format).tolist())[["Score", "Regret", "tokens"]]
-        for budget, own in here.groupby("budget", sort=False)}
+    parts = {f"{budget} tokens": pd.DataFrame({
+        "Score": with_brackets(own, "score"), "Regret": own["regret"].map("{:.3f}".format),
+        "tokens": own["tokens"].map("{:.1f}".format)}).set_axis(own["method"])
+        for budget, own in records[records["order"] == order].groupby("budget", sort=False)}
     text = pd.concat(parts, axis=1).rename_axis(None).to_string()
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -118,26 +112,26 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
         papers = make_paper_list(comparison.world, comparison.papers, split, comparison.seed)
         write_json(temporary / "papers.json", asdict(papers))
         write_csv(temporary / "records.csv", records.round(6))
-        for method, table in results.table.groupby("method", sort=False):
-            kept = table.drop(columns=["problem", "method"])
-            kept["ids"] = kept["ids"].where((kept["exam"] < traced) & (kept["position"] == 1))
-            kept.to_parquet(temporary / f"{method}.parquet", index=False, compression="zstd")
+        tables = dict(iter(results.table.drop(columns="problem").groupby("method", sort=False)))
         if results.outcomes:
-            results.bounds.reset_index().to_parquet(
-                temporary / "bounds.parquet", index=False, compression="zstd")
-            outcome_rows(results.outcomes).to_parquet(
-                temporary / "outcomes.parquet", index=False, compression="zstd")
+            tables |= {"bounds": results.bounds.reset_index(),
+                       "outcomes": outcome_rows(results.outcomes)}
+        for name, table in tables.items():
+            if "ids" in table:
+                first = (table["exam"] < traced) & (table["position"] == 1)
+                table = table.assign(ids=table["ids"].where(first)).drop(columns="method")
+            table.to_parquet(temporary / f"{name}.parquet", index=False, compression="zstd")
 
     write_folder(folder, fill)
 
 
 def outcome_rows(outcomes: Outcomes) -> pd.DataFrame:
     """A row an attempt: exam, problem (from 0), attempt, family, cost, correct, skip, tag."""
-    exam, problem, attempt = (x.ravel() for x in np.indices(outcomes.cost.shape))
+    shape = outcomes.cost.shape
     return pd.DataFrame({
-        "exam": exam, "problem": problem, "attempt": attempt,
-        "family": outcomes.family[exam, problem], "cost": outcomes.cost.ravel(),
-        "correct": outcomes.correct.ravel(), "skip": outcomes.skip, "tag": outcomes.tag})
+        "family": outcomes.family.repeat(shape[2]), "cost": outcomes.cost.ravel(),
+        "correct": outcomes.correct.ravel(), "skip": outcomes.skip, "tag": outcomes.tag},
+        pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
@@ -163,8 +157,8 @@ def load_bounds(folder: Path) -> pd.DataFrame:
 def load_outcomes(folder: Path) -> Outcomes:
     """The attempts that the bounds follow from, without tags."""
     rows = _read(folder, "outcomes")
-    shape = tuple(rows[["exam", "problem", "attempt"]].max() + 1)
+    shape = tuple(rows[ATTEMPT].max() + 1)
     cost, correct, family = (rows[c].to_numpy().reshape(shape)
                              for c in ("cost", "correct", "family"))
-    return Outcomes(cost, correct, family[..., 0].astype(str), int(rows["skip"].iloc[0]),
-                    int(rows["tag"].iloc[0]))
+    return Outcomes(cost, correct, family[..., 0].astype(str),
+                    *map(int, rows.loc[0, ["skip", "tag"]]))

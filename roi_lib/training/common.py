@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from tqdm import tqdm
 from transformers import ProgressCallback
 
 from roi_lib.exams import Environment
@@ -32,11 +33,12 @@ def load_start(world: World, checkpoint: str, out: Path) -> tuple[Environment, t
 
 
 @contextmanager
-def run_folder(work: Path, recipe, **start) -> Iterator[None]:
+def run_folder(work: Path, recipe, world: World, **start) -> Iterator[None]:
     """Keep `work` to this process, and write down there what the run is, its recipe and `start`;
     `ValueError`: it holds another run, or another process is at it."""
     with files.folder_lock(work):
-        path, run = work / "recipe.json", json.loads(json.dumps(asdict(recipe) | start))
+        run = json.loads(json.dumps(asdict(recipe) | {"world": world.name} | start))
+        path = work / "recipe.json"
         found = files.read_json(path) if path.exists() else run
         other = sorted(key for key in found | run if found.get(key) != run.get(key))
         if other:
@@ -47,18 +49,17 @@ def run_folder(work: Path, recipe, **start) -> Iterator[None]:
 
 
 class TrainingLog:
-    """A CSV file of progress; a continued run drops the rows after `last_step`, to come again."""
+    """`log.csv`, a run's progress; when it goes on, rows after `last_step` are dropped."""
 
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int = 0) -> None:
-        found = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["step"])
-        self.path, self.columns = path, list(columns)
+    def __init__(self, work: Path, columns: Sequence[str], last_step: int = 0) -> None:
+        self.path, self.columns = work / "log.csv", list(columns)
+        found = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=["step"])
         self.rows = found[found["step"] <= last_step].to_dict("records")
         self._begin = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
-        files.write_csv(path, pd.DataFrame(self.rows, columns=self.columns, dtype=object))
+        files.write_csv(self.path, pd.DataFrame(self.rows, columns=self.columns, dtype=object))
 
     def append(self, row: dict[str, float]) -> None:
-        """Add one row, with the `seconds` that the run has taken, its earlier parts included; the
-        file is written in one piece. NaN (nothing to count) leaves a gap."""
+        """Add one row, and the `seconds` of the run with its earlier parts; NaN leaves a gap."""
         row = row | {"seconds": time.monotonic() - self._begin}
         self.rows.append({name: round(row[name], 6) for name in self.columns})
         files.write_csv(self.path, self.rows)
@@ -72,16 +73,14 @@ def check_finite(logs: dict, where: str) -> None:
 
 
 class Report(ProgressCallback):
-    """Bar and log of a trainer of transformers, by its first process; marks whole checkpoints."""
-
-    columns: Sequence[str]  # of the log
+    """Bar, and log of `columns`, of a trainer's first process; marks whole checkpoints as whole."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log, without the rows that come again."""
-        super().on_train_begin(args, state, control)
+        self.current_step = 0
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / "log.csv"
-            self.log = TrainingLog(path, self.columns, state.global_step)
+            self.training_bar = tqdm(total=state.max_steps)  # on stderr, in a notebook too
+            self.log = TrainingLog(Path(args.output_dir), self.columns, state.global_step)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end."""
@@ -108,7 +107,6 @@ def run_trainer(trainer):
 def lora(rank: int):
     """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
     from peft import LoraConfig  # takes seconds, and not every training wants it
-
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                       task_type="CAUSAL_LM") if rank else None
 
@@ -123,8 +121,7 @@ def muon_and_adamw(model, muon_lr: float, adamw_lr: float) -> list[torch.optim.O
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers as the one that a trainer of transformers takes; loading the state of
-    other ones is a `ValueError`."""
+    """Several optimizers as one, as a trainer of transformers wants it, with one state of all."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
@@ -143,19 +140,10 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for o in self.optimizers for group in o.param_groups]  # new ones
 
 
-def markdown_table(table: pd.DataFrame) -> str:
-    """A table in Markdown; what is missing becomes `--`."""
-    rows = table.astype(object).where(table.notna(), "--").itertuples(index=False)
-    return "\n".join("| " + " | ".join(map(str, row)) + " |"
-                     for row in (table.columns, ["---"] * table.shape[1], *rows))
-
-
 def publish(out: Path, model, work: Path, recipe, base: str | None, documents: dict,
             measured: str, about: str, made: str) -> None:
-    """Write what a run in `work` made of `base`: float32 weights, log, a card with metadata for the
-    hub, and JSON documents and CSV tables by file name. The base's own tokenizer, if it has one,
-    goes to its heir too, which would otherwise be read with the world's."""
-    tokenizer = checkpoints.own_tokenizer(base) if base else None
+    """Write what a run in `work` made of `base`: float32 weights, log, card with metadata for the
+    hub, JSON and CSV documents by file name; and the base's own tokenizer, if it has one."""
     minutes = pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum() / 60
     data = ModelCardData(license="mit", base_model=base, tags=["roi-reasoning"])
     card = ModelCard(f"""---\n{data}\n---
@@ -165,7 +153,6 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, documents: d
 {about} Licence: MIT, as the repository.
 
 **Made by** {made}, {minutes:.1f} minutes on {torch.get_num_threads()} threads (`log.csv`). Recipe:
-
 ```json
 {json.dumps(asdict(recipe), indent=1)}
 ```
@@ -175,8 +162,8 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, documents: d
 
     def fill(folder: Path) -> None:
         model.float().save_pretrained(folder)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
+        if base and (tokenizer := checkpoints.own_tokenizer(base)):
+            tokenizer.save_pretrained(folder)  # else the heir would be read with the world's
         shutil.copy(work / "log.csv", folder)
         card.save(folder / "README.md")
         for name, content in documents.items():

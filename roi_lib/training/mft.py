@@ -1,5 +1,4 @@
-"""MFT from a checkpoint to a checkpoint (paper, section on MFT): `train_mft` samples, labels,
-fine-tunes with TRL's SFTTrainer, measures how well the model knows itself, and publishes."""
+"""MFT from a checkpoint to a checkpoint (paper, section on MFT), with TRL's SFTTrainer."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
 from roi_lib.evaluation import confusion, rates
 from roi_lib.exams import Environment, draw_papers, in_orders, tag
 from roi_lib.generation import Engine
-from roi_lib.problems import Problem
 from roi_lib.sitting import sit
 from roi_lib.store.checkpoints import model_hash
 from roi_lib.store.sources import load_pool
@@ -25,8 +23,6 @@ from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, MFTRecipe, World
 
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
-COLUMNS = ("step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
-           "skip_rate", "skip_hard", "answer_accuracy", "seconds")  # of the log
 
 
 def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
@@ -49,28 +45,26 @@ def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
 
 
 class TagTrainer(SFTTrainer):
-    """SFTTrainer with a loss in which some tokens weigh more (one in fifty is a level), by its
-    attribute `token_weights`, [vocabulary]."""
+    """SFTTrainer with a loss in which tokens weigh their `token_weights`: levels are few."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted nats over the response tokens of the whole batch, `num_items_in_batch`."""
         labels = inputs.pop("labels")[:, 1:]
-        outputs, learned = model(**inputs, use_cache=False), labels != IGNORED
-        loss = cross_entropy(outputs.logits[:, :-1][learned].float(), labels[learned],
+        logits, learned = model(**inputs, use_cache=False).logits, labels != IGNORED
+        loss = cross_entropy(logits[:, :-1][learned].float(), labels[learned],
                              self.token_weights.to(labels.device), reduction="sum")
-        loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class DevLog(common.Report):
     """Has the model sit unseen exams of the training split before each row of the log."""
 
-    columns = COLUMNS
+    columns = ("step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
+               "skip_rate", "skip_hard", "answer_accuracy", "seconds")
 
     def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
         super().__init__()
-        papers = draw_papers(env.world, recipe.dev_exams, split="train", seed=recipe.seed + 1_000,
-                             pool=pool)
+        papers = draw_papers(env.world, recipe.dev_exams, 3, "train", recipe.seed + 1_000, pool)
         self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -87,19 +81,18 @@ class DevLog(common.Report):
         row = rates(sit(self.env, engine_for(model, self.env.tokenizer), self.exams,
                         2 * max(self.env.world.budgets), style="roi", seed=1))
         model.train()
-        self.log.append(row | {
-            "step": state.global_step, "loss": float(logs["loss"]),
-            "rate": float(logs["learning_rate"]) / args.learning_rate,
-            "answer_accuracy": row["tried_right"]})
+        self.log.append(row | {"step": state.global_step, "loss": float(logs["loss"]),
+                               "rate": float(logs["learning_rate"]) / args.learning_rate,
+                               "answer_accuracy": row["tried_right"]})
         self.training_bar.set_postfix(loss=logs["loss"], tags=row["tag_accuracy"], refresh=False)
 
 
 def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe, work: Path,
-              pool: Sequence[Problem] | None = None):
+              pool=None):
     """Train on the rows in their order, on from the newest whole checkpoint in `work`, and keep
     `log.csv` there; returns the model, adapters merged. `FloatingPointError`: see `DevLog`."""
     if not rows:  # no steps
-        common.TrainingLog(work / "log.csv", COLUMNS)
+        common.TrainingLog(work, DevLog.columns)
         return model
     optimizer = None  # the trainer's own AdamW
     if recipe.muon_rate:
@@ -107,14 +100,13 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
         optimizer = common.CombinedOptimizer([adamw, muon])  # the first one's rate is logged
     config = SFTConfig(
         output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential",
-        per_device_train_batch_size=recipe.rows_at_once,
+        per_device_train_batch_size=recipe.rows_at_once, seed=recipe.seed, bf16=recipe.bf16,
         gradient_accumulation_steps=max(1, recipe.rows // recipe.rows_at_once),
         learning_rate=recipe.learning_rate, lr_scheduler_type="linear", warmup_steps=0.03,
         weight_decay=0.0, max_grad_norm=1.0, packing=False, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, bf16=recipe.bf16,
+        dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
         gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
-        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to="none",
-        logging_nan_inf_filter=False, disable_tqdm=True,
+        save_steps=recipe.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
     trainer = (SFTTrainer if recipe.tag_weight == 1 else TagTrainer)(
         model, config, train_dataset=as_dataset(rows), processing_class=env.tokenizer,
@@ -136,16 +128,12 @@ def label_statistics(targets: Sequence[mft.Target]) -> list[dict]:
     return table.reindex(TIERS, level="tier").reset_index().to_dict("records")
 
 
-def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[Sequence[Problem]],
-              k: int = 8, seed: int = 0) -> dict:
-    """How well a tagged model knows itself: unseen papers, the orders in turn, an ample budget.
-
-    What a problem should have been labelled comes from `k` samples of the base alone, as in
-    training. Returns shares, JSON-ready (None: nothing to count): of problems tried `tag_accuracy`
-    by tier and position, and `confusion` [predicted][real]; by tier `answer_accuracy` of both
-    models, `skip_rate` and `refused` (labels); `false_skips`, the mean solve rate of the skipped;
-    `missed_skips`, what no sample solved of the tried.
-    """
+def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple], k: int = 8,
+              seed: int = 0) -> dict:
+    """How well a tagged model knows itself on unseen papers under an ample budget; JSON-ready, None
+    where there is nothing to count. Of problems tried: `tag_accuracy` by tier and position,
+    `confusion` [predicted][real], and `missed_skips`, which none of `k` samples of the base solved
+    (`refused`, of all problems). `false_skips`: the base's mean solve rate of what is skipped."""
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
     ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
     before = sit(env, base, exams, ample, seed=seed)
@@ -178,30 +166,27 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: Sequence[S
         "missed_skips": share(after.loc[tries, "refused"])}
 
 
-def measured(labels: Sequence[dict], calibration: dict | None = None) -> str:
+def measured(labels: list[dict], calibration: dict | None = None) -> str:
     """What a card says of labels and calibration, in Markdown."""
-    words = f"**Labels** of the training:\n\n{common.markdown_table(pd.DataFrame(labels))}\n\n"
+    table = pd.DataFrame(labels).to_string(index=False)
+    words = f"**Labels** of the training problems:\n\n```\n{table}\n```\n\n"
     if calibration is None:
         return words + "Not measured (`card_papers=0`)."
     by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
-    table = common.markdown_table(pd.DataFrame(by_tier).rename_axis("tier").reset_index())
-    return words + """\
-**Measured** on {papers} unseen papers (seed {seed}) under an ample budget: right tags by position,
-right answers, skips, and what {samples} samples of the base would have refused. Solve rate of the
-base where this model skips: {false_skips}; of what it tries, no sample solved {missed_skips}.
+    return words + f"""\
+**Measured** on {calibration["papers"]} unseen papers, ample budget: right tags by position, right
+answers, skips, and what samples of the base refuse (more is in `calibration.json`).
 
-""".format(**calibration) + table
+```
+{pd.DataFrame(by_tier).to_string()}
+```"""
 
 
 def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
               engine: str = "torch", root: Path | None = None) -> None:
     """The whole stage, from `checkpoint` (the world's base) to one in `out`. `work` keeps samples,
-    log and the trainer's states, and a run found there goes on. No steps: the start is measured.
-
-    `engine` samples the answers (see `engines.make_engine`); `root` is the datasets' folder.
-    `ValueError`, before any work: see `common.load_start`, `common.run_folder`, `token_weights`.
-    `FloatingPointError`: NaN or infinite logits, loss or gradient.
-    """
+    log and states, and a run found there goes on. `engine` samples the answers; `root` is the
+    datasets' folder. Errors: see `common.load_start`, `common.run_folder`, and `fine_tune`."""
     checkpoint = checkpoint or world.method("base").checkpoint
     env, model = common.load_start(world, checkpoint, out)
     mft.tag_tokens(env)
@@ -209,11 +194,11 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
     pool = load_pool(world, "train", root)
     papers = draw_papers(world, recipe.card_papers, seed=recipe.seed + 1,
                          pool=load_pool(world, "test", root)) if recipe.card_papers else []
-    run = {"world": world.name, "model": model_hash(checkpoint)}
-    with common.run_folder(work, recipe, **run):
+    start = model_hash(checkpoint)
+    with common.run_folder(work, recipe, world, model=start):
         base = make_engine(engine, checkpoint, env.tokenizer)  # in the dtype it was trained in
-        log = RunLog(work / "samples.jsonl",
-                     run | {"method": "rejection sampling", "seed": recipe.seed})
+        log = RunLog(work / "samples.jsonl", {"world": world.name, "model": start, "method":
+                                              "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
         samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
                                        problems, recipe.samples, recipe.seed)
@@ -223,10 +208,10 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
         model = fine_tune(env, model, rows, recipe, work, pool)
         documents = {"labels.json": label_statistics(targets)}
         if papers:
-            tagged = model.to(base.model.dtype) if engine == "torch" else model
-            documents["calibration.json"] = calibrate(
-                env, base, engine_for(tagged, env.tokenizer), papers, recipe.samples,
-                recipe.seed + 1)
+            model = model.to(base.model.dtype) if engine == "torch" else model
+            tagged = engine_for(model, env.tokenizer)
+            documents["calibration.json"] = calibrate(env, base, tagged, papers, recipe.samples,
+                                                      recipe.seed + 1)
         common.publish(
             out, model, work, recipe, checkpoint, documents, measured(*documents.values()),
             about="It predicts the level of each problem's cost, then solves it or skips it. From "

@@ -1,5 +1,4 @@
-"""Pre-training of the pocket base model: exams answered in order, without tags. It learns to
-calculate and three prompting styles; levels and skipping are what MFT and RARL teach."""
+"""Pre-training of the pocket base model: exams answered in order, without tags or skipping."""
 
 import random
 from collections.abc import Iterator
@@ -70,11 +69,10 @@ def new_model(tokenizer, recipe: PretrainRecipe) -> Qwen2ForCausalLM:
     """A freshly initialized model."""
     torch.manual_seed(recipe.seed)
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=1024, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, num_hidden_layers=recipe.layers,
+        intermediate_size=recipe.intermediate, num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads, max_position_embeddings=1024,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 
@@ -91,7 +89,7 @@ def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
     optimizers, state = common.muon_and_adamw(model, *peaks), files.newest_complete(work)
     progress = load_training_state(state, model, optimizers) if state else {"step": 0, "tokens": 0}
     first, losses = progress["step"], []
-    log = common.TrainingLog(work / "log.csv", ("step", "loss", "rate", "seconds"), first)
+    log = common.TrainingLog(work, ("step", "loss", "rate", "seconds"), first)
     stream = batches(env, recipe, first)
     model.train()
     for step in tqdm(range(first, recipe.steps), "pretrain", recipe.steps, initial=first, **BAR):
@@ -121,48 +119,42 @@ def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
     return progress
 
 
-#: Papers, their seed and the budget behind the numbers on the model card.
-CARD_PAPERS, CARD_SEED, CARD_BUDGET = 1_000, 1, 512
+CARD_PAPERS, CARD_SEED, CARD_BUDGET = 1_000, 1, 512  # behind the numbers on the card
 
 
 def measure(env: Environment, model) -> str:
-    """What the model can do, family by family, in Markdown."""
+    """Share of problems solved, alone and within papers, family by family, in Markdown."""
     papers = in_orders(draw_papers(env.world, CARD_PAPERS, seed=CARD_SEED), ["medium"], CARD_SEED)
     alone = [Exam((problem,), "medium") for exam in papers for problem in exam.problems]
     engine = engine_for(model.to(getattr(torch, env.world.dtype)), env.tokenizer)
     single, within = (sit(env, engine, exams, CARD_BUDGET, seed=CARD_SEED)
                       for exams in (alone, papers))
     cut = [1 - responses(table)["finished"].mean() for table in (single, within)]
-
-    def right(table: pd.DataFrame) -> pd.Series:
-        marks = table.groupby(["tier", "family"])["correct"]
-        return marks.agg(lambda x: f"{x.mean():.3f} ± {1.96 * x.std(ddof=0) / len(x)**0.5:.3f}")
-
-    table = pd.DataFrame({"problems": single.groupby(["tier", "family"]).size(),
-                          "right alone": right(single),
-                          "right within": right(within[within["finished"]])})
+    single, within = (table.groupby(["tier", "family"])["correct"]
+                      for table in (single, within[within["finished"]]))
+    table = pd.DataFrame({"problems": single.size(), "right alone": single.mean().round(3),
+                          "right within": within.mean().round(3)})
     return f"""\
-**Measured** on {CARD_PAPERS:,} unseen papers of three problems (seed {CARD_SEED}), at temperature 1
-under {CARD_BUDGET} tokens: every problem alone, and within its paper in medium order (± half of the
-95 % interval). The budget cut {cut[0]:.1%} of the problems alone, which count as wrong, and
-{cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
+**Measured** on {CARD_PAPERS:,} unseen papers (seed {CARD_SEED}) in medium order, and each problem
+alone, under {CARD_BUDGET} tokens. The budget cut {cut[0]:.1%} of the problems alone, which count as
+wrong, and {cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
 
-{common.markdown_table(table.reindex(TIERS, level="tier").reset_index())}"""
+```
+{table.reindex(TIERS, level="tier").to_string()}
+```"""
 
 
 def pretrain(world: World, out: Path, work: Path, recipe: PretrainRecipe) -> None:
     """Train the base model and write it to `out`; `work` keeps states and log, and a run found
-    there goes on. No steps: the random start is measured. `ValueError`: `work` or `out` holds
-    something else. `FloatingPointError`: NaN or infinite loss."""
+    there goes on. `ValueError`: one of the two holds something else."""
     files.check_replaceable(out)
     env = Environment(world, build_tokenizer(world))
-    with common.run_folder(work, recipe, world=world.name):
+    with common.run_folder(work, recipe, world):
         model = new_model(env.tokenizer, recipe)
         progress = train(env, model, recipe, work)
         common.publish(
             out, model, work, recipe, None, {}, measure(env, model.eval()),
-            about=f"The base model of the {world.name} world (Qwen2, {model.num_parameters():,} "
-            "parameters, float32). It works problems out step by step and answers whole exams in "
-            "order, without level tags. It skips only where the Least-to-Most prompt allows it.",
+            about=f"The base model of the {world.name} world ({model.num_parameters():,} weights): "
+            "it works problems out step by step, and answers exams in order, without level tags.",
             made=f"`roi_lib train pretrain --world {world.name}`: {progress['step']:,} steps, "
             f"{progress['tokens'] / 1e6:.1f} million tokens of exams drawn afresh")

@@ -1,11 +1,10 @@
-"""RARL from a checkpoint to a checkpoint: `train_rarl` trains, measures before and after, and
-publishes; `train` repeats `rarl.train_step`, and goes on where it was killed."""
+"""RARL from a checkpoint to a checkpoint (paper, section on RARL), by our own trainer or TRL's."""
 
 import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,6 @@ from roi_lib.engines import LoggedEngine, RunLog, engine_for
 from roi_lib.evaluation import rates, summarize
 from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import TorchEngine
-from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, completion_logprobs, exam_rewards, pad_right, train_step
 from roi_lib.sitting import points, responses, sit
 from roi_lib.store import checkpoints, files
@@ -27,8 +25,7 @@ from roi_lib.worlds import ORDERS, TIERS, RARLRecipe, World
 PAPERS_SEED = 1  # of the unseen papers behind a card, whatever the training's: runs compare
 LARGEST_GAP = 0.01  # in nats: the largest mean difference of sampler and trainer
 RATES = [*(f"skip_{tier}" for tier in TIERS), "answers_tagged_right", "skips_tagged_right"]
-CARD = ["method", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
-        "regret_high", *RATES[2:]]
+CARD = ["method", "budget", "order", "score", "score_low", "score_high", "regret", *RATES[2:]]
 SHOWN = ["reward", "score", "skip_hard", "accuracy", "grad_norm"]  # beside the progress bar
 #: Columns of the log, and what each tells. What could not be measured is an empty field.
 COLUMNS = {
@@ -59,9 +56,8 @@ def describe(table: pd.DataFrame) -> dict[str, float]:
 def check_gap(gap: float) -> float:
     """Warn where sampler and trainer differ by more than `LARGEST_GAP` nats, or by NaN."""
     if not gap <= LARGEST_GAP:
-        warnings.warn(f"sampler and trainer disagree by {gap:.3g} nats a token (alarm above "
-                      f"{LARGEST_GAP}): the sampler's weights, temperature or precision are not "
-                      "the trainer's, and the gradient is that of another policy", stacklevel=3)
+        warnings.warn(f"sampler and trainer disagree by {gap:.3g} nats a token: the sampler's "
+                      "weights, temperature or precision are not the trainer's", stacklevel=3)
     return gap
 
 
@@ -88,21 +84,18 @@ def save_snapshot(work: Path, model, recipe: RARLRecipe, step: int) -> None:
 
 def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
           on_step: Callable[[dict], None] | None = None):
-    """Train `model` in place, and return it; `work` keeps training states, `log.csv` and
-    `snapshots/`, and a run found there goes on. `on_step` gets each row of the log, for a live plot.
-    `ValueError`: see `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or
-    gradient; names the step."""
+    """Train `model` in place, and return it; `work` keeps states, `log.csv` and `snapshots/`, and a
+    run found there goes on. `on_step` gets each row of the log. `ValueError`: see
+    `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or gradient."""
     model.eval()  # dropout would put sampler and trainer out of step
-    start = {"world": env.world.name, "start": checkpoints.weights_hash(model)}
-    with common.run_folder(work, recipe, **start):
+    with common.run_folder(work, recipe, env.world, start=checkpoints.weights_hash(model)):
         optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
-        first, state = 0, files.newest_complete(work)
-        if state:
-            first = checkpoints.load_training_state(state, model, [optimizer])["step"]
-        else:
+        state = files.newest_complete(work)
+        first = checkpoints.load_training_state(state, model, [optimizer])["step"] if state else 0
+        if first == 0:
             save_snapshot(work, model, recipe, 0)
         engine = engine_for(model, env.tokenizer)  # over the live weights: never stale
-        log = common.TrainingLog(work / "log.csv", list(COLUMNS), first)
+        log = common.TrainingLog(work, list(COLUMNS), first)
         bar = tqdm(range(first, recipe.steps), "RARL", recipe.steps, initial=first, unit="step")
         for step in bar:
             table, learned = train_step(env, model, engine, optimizer, recipe, step, pool)
@@ -120,15 +113,12 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
     return model
 
 
-def measure(env: Environment, model, papers: Sequence[Sequence[Problem]], name: str,
-            logs: Path) -> pd.DataFrame:
-    """Score, Regret, skips and right tags of a model: a row an order and budget of its world, with
-    the numbers of `exam` for these papers and this seed. `logs/NAME.jsonl` keeps the responses, so
-    that a measurement can go on; `ValueError` where it is of another run."""
+def measure(env: Environment, model, papers: list[tuple], name: str, logs: Path) -> pd.DataFrame:
+    """Score, Regret, skips and right tags of a model: a row an order and budget of its world.
+    `logs/NAME.jsonl` keeps the responses; `ValueError` where it is of another run."""
     world, records = env.world, []
     if world.dtype != "auto":  # the same tokens on every processor
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
-    logs.mkdir(parents=True, exist_ok=True)
     run = {"world": world.name, "model": checkpoints.weights_hash(model), "seed": PAPERS_SEED}
     engine = LoggedEngine(engine_for(model, env.tokenizer), RunLog(logs / f"{name}.jsonl", run),
                           f"exams of {name}")
@@ -147,12 +137,8 @@ def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
                checkpoint: str | None = None, n_papers: int = 2_000, engine: str = "torch",
                vllm_url: str | None = None, root: Path | None = None) -> None:
     """The whole stage, from `checkpoint` (the world's MFT model) to one in `out`, measured on
-    `n_papers` unseen papers. `work` keeps states, log and responses, and a run found there goes on.
-
-    `engine` and `vllm_url` say who samples the rollouts (see `training.trl.train`); `root` is the
-    datasets' folder. Of the processes of `accelerate launch` all train, the first does the rest.
-    `ValueError`: see `common.load_start` and `train`; or the recipe's trainer has no such engine.
-    """
+    `n_papers` unseen papers; a run found in `work` goes on. `engine` and `vllm_url`: see
+    `trl.make_trainer`; `root`: the datasets' folder. `ValueError`: see `common.load_start`."""
     checkpoint = checkpoint or world.method("mft").checkpoint
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, and the recipe does not use it")
@@ -161,12 +147,11 @@ def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
     pool = load_pool(world, "train", root)
     if recipe.trl and recipe.steps:
         from roi_lib.training import trl  # takes seconds, and only large models need it
-
         model = trl.train(env, model, recipe, work, pool, engine, vllm_url)
     else:
         model = train(env, model, recipe, work, pool)
     if int(os.environ.get("RANK", "0")) > 0:
-        return
+        return  # of several processes, the first does the rest
     papers = draw_papers(world, n_papers, seed=PAPERS_SEED, pool=load_pool(world, "test", root))
     start = checkpoints.load_model(checkpoint, "float32").to(model.device)
     records = pd.concat([measure(env, some, papers, name, work / "exams")
@@ -176,5 +161,5 @@ def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
         about="It predicts the level of each problem, and solves or skips it, so that one token "
         f"budget lasts for an exam: `{checkpoint}` after RARL with Dr. GRPO. Style `roi`.",
         made=f"{recipe.steps} steps of `roi_lib train rarl --world {world.name}`",
-        measured=f"**Measured** on {n_papers:,} unseen papers (seed {PAPERS_SEED}), with 95 % "
-        f"intervals; more is in `exam.csv`.\n\n{common.markdown_table(records[CARD].round(3))}")
+        measured=f"**Measured** on {n_papers:,} unseen papers (more is in `exam.csv`):\n\n```\n"
+        f"{records[CARD].round(3).to_string(index=False)}\n```")

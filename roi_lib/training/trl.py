@@ -1,8 +1,5 @@
-"""RARL through TRL's `GRPOTrainer`: for models that need LoRA, vLLM, or several GPUs.
-
-Exams, rollouts, rewards and log are those of `training.rarl`; TRL does the update, and a test holds
-the two gradients together. `rollout_func` is experimental in TRL 1.16: see `ExamRollouts`.
-"""
+"""RARL through TRL's `GRPOTrainer`, for models that need LoRA, vLLM, or several GPUs. Exams,
+rollouts, rewards and log are those of `training.rarl`; a test holds the two gradients together."""
 
 import math
 import os
@@ -26,10 +23,7 @@ from roi_lib.training import common
 from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe, save_snapshot
 from roi_lib.worlds import RARLRecipe, check_choice
 
-#: Who samples: our torch engine; TRL's vLLM in the trainer's process, or behind `trl vllm-serve`.
-ENGINES = ("torch", "colocate", "server")
-#: Mean difference of vLLM's and the trainer's log-probabilities, as TRL's log has it.
-GAP = "sampling/sampling_logp_difference/mean"
+GAP = "sampling/sampling_logp_difference/mean"  # of vLLM and trainer, as TRL's log has it
 
 
 def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
@@ -37,16 +31,10 @@ def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
     """The recipe in TRL's terms. `ValueError`: rows that do not divide, or no such engine."""
     trl, rows = recipe.trl, recipe.exams * recipe.rollouts
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate and torchrun set it
-    check_choice("engine", engine, ENGINES)
+    check_choice("engine", engine, ("torch", "colocate", "server"))
     if recipe.exams % processes or rows % (processes * trl.rows_at_once):
         raise ValueError(f"{recipe.exams} exams x {recipe.rollouts} rollouts do not divide among "
-                         f"{processes} processes at {trl.rows_at_once} rows at once; change "
-                         "exams or trl.rows_at_once")
-    vllm = {} if engine == "torch" else {
-        "use_vllm": True, "vllm_mode": engine, "vllm_server_base_url": vllm_url,
-        "vllm_gpu_memory_utilization": trl.vllm_memory,
-        # the default, sequence_mask, drops whole responses, and the longer ones first
-        "vllm_importance_sampling_mode": "token_truncate"}
+                         f"{processes} processes; change exams or trl.rows_at_once")
     return GRPOConfig(
         output_dir=str(work), max_steps=recipe.steps, seed=recipe.seed, shuffle_dataset=False,
         per_device_train_batch_size=trl.rows_at_once, num_generations=recipe.rollouts,
@@ -62,12 +50,15 @@ def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
         gradient_checkpointing=trl.checkpointing, logging_steps=1, disable_tqdm=True,
         logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
         save_steps=recipe.save_every, save_total_limit=2, report_to="none",
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **vllm)
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+        use_vllm=engine != "torch", vllm_mode="server" if engine == "server" else "colocate",
+        vllm_server_base_url=vllm_url, vllm_gpu_memory_utilization=trl.vllm_memory,
+        # the default, sequence_mask, drops whole responses, and the longer ones first
+        vllm_importance_sampling_mode="token_truncate")
 
 
 class TrainerVLLM(Engine):
-    """The vLLM that a GRPOTrainer keeps in step with its weights; the temperature is the trainer's.
-    `logprobs` holds, after a call, what vLLM says of each token it drew: one list a rollout."""
+    """A trainer's own vLLM, at its temperature; `logprobs`: of the last call, a list a rollout."""
 
     def __init__(self, trainer: GRPOTrainer, eos_ids: Sequence[int]) -> None:
         self.engine, self.eos_ids, self.logprobs = trainer.vllm_generation, eos_ids, []
@@ -85,8 +76,7 @@ class TrainerVLLM(Engine):
 
 
 class ExamRollouts:
-    """TRL's `rollout_func`: sits the step's exams under their budget, and rewards them: rewards
-    travel with the rollouts under the key `reward`, and `exam_reward` hands them to TRL."""
+    """TRL's `rollout_func` (experimental in TRL 1.16): sits the step's exams, and rewards them."""
 
     def __init__(self, env: Environment, recipe: RARLRecipe, pool=None) -> None:
         self.env, self.recipe, self.pool, self.row = env, recipe, pool, {}
@@ -122,14 +112,8 @@ class ExamRollouts:
             "reward": [None if math.isnan(r) else r for r in exam_rewards(table).ravel().tolist()]}
 
 
-def exam_reward(reward: list[float | None], **kwargs) -> list[float | None]:
-    """TRL's reward function: what `ExamRollouts` has found already."""
-    return reward
-
-
 class StepReport(common.Report):
-    """Log, snapshots and bar as in `training.rarl`; of several processes, the rows tell of the
-    rollouts of the first."""
+    """Log, snapshots and bar as in `training.rarl`; rows tell of the first process's rollouts."""
 
     columns = list(COLUMNS)
 
@@ -138,9 +122,8 @@ class StepReport(common.Report):
         self.rollouts = rollouts
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """The start is kept as step 0."""
         super().on_train_begin(args, state, control)
-        self.on_step_end(args, state, control, model)
+        self.on_step_end(args, state, control, model)  # the start is step 0
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Keep the model (of a model with adapters: those) after the steps `recipe.snapshots`."""
@@ -155,17 +138,20 @@ class StepReport(common.Report):
         row, step = self.rollouts.row, state.global_step
         common.check_finite(logs, f"step {step}, budget {row['budget']}")
         # TRL measures the gap with vLLM; our torch engine samples with the trainer's own weights
+        gap = check_gap(float(logs[GAP])) if GAP in logs else math.nan
         self.log.append(row | {
             "step": step, "grad_norm": float(logs["grad_norm"]), "entropy": float(logs["entropy"]),
-            "no_spread": float(logs["frac_reward_zero_std"]),
-            "logprob_gap": check_gap(float(logs[GAP])) if GAP in logs else math.nan})
+            "no_spread": float(logs["frac_reward_zero_std"]), "logprob_gap": gap})
         self.training_bar.set_postfix({name: self.log.rows[-1][name] for name in SHOWN})
 
 
 def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
                  engine: str = "torch", vllm_url: str | None = None) -> GRPOTrainer:
-    """A trainer that does what `training.rarl.train` does, with TRL's update. `engine` is who
-    samples (see `ENGINES`), `vllm_url` the address of a running `trl vllm-serve`."""
+    """A trainer that does what `training.rarl.train` does, with TRL's update. Who samples: our
+    `engine` torch; TRL's vLLM, colocate or server (a running `trl vllm-serve` at `vllm_url`)."""
+    def exam_reward(reward, **kwargs) -> list[float | None]:
+        return reward  # which the rollouts brought along
+
     rollouts = ExamRollouts(env, recipe, pool)
     prompts = [m for step in range(recipe.steps) for m in rollouts.step(step)[2]]
     trainer = GRPOTrainer(
@@ -178,13 +164,9 @@ def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=N
 
 
 def train(env: Environment, model, recipe: RARLRecipe, work: Path, *options):
-    """Train a model with `make_trainer` (which takes the `options`), on from the newest whole
-    checkpoint in `work`, and return it; `accelerate launch` spreads it over several GPUs.
-
-    Saves fall on step boundaries, where the rollouts of a step have all been used (TRL resumes
-    exactly only there). Errors: as `training.rarl.train`; `OSError`: the disk is full.
-    """
+    """As `training.rarl.train`, with the trainer and the `options` of `make_trainer`; `accelerate
+    launch` spreads it over GPUs. Saves fall on step boundaries: TRL resumes exactly only there."""
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes, this one has the lock
-    start = {"world": env.world.name, "start": weights_hash(model)}
-    with common.run_folder(work, recipe, **start) if first else nullcontext():
+    folder = common.run_folder(work, recipe, env.world, start=weights_hash(model))
+    with folder if first else nullcontext():
         return common.run_trainer(make_trainer(env, model, recipe, work, *options))
