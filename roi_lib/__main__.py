@@ -7,31 +7,33 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
+from roi_lib.exams import draw_papers
 from roi_lib.problems import SPLITS
+from roi_lib.store import files, instances, papers, sources
 from roi_lib.training.recipes import PretrainRecipe
 from roi_lib.worlds import ORDERS, MFTRecipe, RARLRecipe, World, check_choice, get_world
 
 Omit = tyro.conf.OmitArgPrefixes  # a recipe's fields are options of their own
 Positional = tyro.conf.Positional
+REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
-def listed(info, kind: type):
-    """A list given as 64,128 or as 64 128: how tyro reads and shows it."""
-    return None if info.type != tuple[kind, ...] else tyro.constructors.PrimitiveConstructorSpec(
+@REGISTRY.primitive_rule
+def read_list(info):
+    """A list of numbers or words given as 64,128 or as 64 128: how tyro reads and shows it."""
+    kind, *more = get_args(info.type) or [None]  # of a tuple, or of typing's Tuple
+    spec = tyro.constructors.PrimitiveConstructorSpec
+    return None if kind not in (int, str) or more != [...] else spec(
         nargs="*", metavar="A,B,...",
         instance_from_str=lambda words: tuple(kind(w) for w in ",".join(words).split(",") if w),
         is_instance=lambda x: isinstance(x, tuple) and all(isinstance(v, kind) for v in x),
         str_from_instance=lambda x: [",".join(map(str, x))])
-
-
-REGISTRY = tyro.constructors.ConstructorRegistry()
-REGISTRY.primitive_rule(lambda info: listed(info, int))
-REGISTRY.primitive_rule(lambda info: listed(info, str))
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,21 @@ def check_writable(**options: Path | None) -> None:
 
 def exam_papers(args: ExamRun, world: World):
     """The papers that the options name, their split and their seed (a list has its own)."""
-    from roi_lib.exams import draw_papers
-    from roi_lib.store.papers import read_paper_list, restore_papers
-    from roi_lib.store.sources import load_jsonl, load_pool
-
-    listed = read_paper_list(args.papers) if args.papers else None
+    listed = papers.read_paper_list(args.papers) if args.papers else None
     if listed and listed.world != world.name:
         raise ValueError(f"{args.papers} holds papers of the world {listed.world}; "
                          f"give --world {listed.world}")
-    split = listed.split if listed else "test"
-    pool = load_jsonl(args.problems) if args.problems else load_pool(world, split, args.data)
-    if listed:
-        return restore_papers(listed, pool), split, listed.seed
-    return draw_papers(world, args.exams, args.problems_per_exam, split, args.seed, pool,
-                       args.tiers or None), split, args.seed
+    split, seed = (listed.split, listed.seed) if listed else ("test", args.seed)
+    pool = (sources.load_jsonl(args.problems) if args.problems
+            else sources.load_pool(world, split, args.data))
+    drawn = papers.restore_papers(listed, pool) if listed else draw_papers(
+        world, args.exams, args.problems_per_exam, split, seed, pool, args.tiers or None)
+    return drawn, split, seed
 
 
 def engine_of(args: Run, world: World):
     """Which engine the options name; its arithmetic is the world's for tables, unless they say."""
     from roi_lib.engines import EngineConfig
-
     server = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout")
     options = {name: getattr(args, name) for name in server if args.engine == "openai"}
     dtype = args.dtype or (world.table_dtype if args.engine == "torch" else None)
@@ -119,51 +116,42 @@ def engine_of(args: Run, world: World):
 def exam(args: Omit[ExamRun]) -> None:
     """Let methods take exams under hard token budgets, and compare them.
 
-    Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128
-    """
+    Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128"""
     from roi_lib.experiments.methods import Comparison, find_methods, run_methods
     from roi_lib.experiments.table import make_records, save_comparison, show_details, show_order
-    from roi_lib.store.files import check_replaceable, write_csv, write_json
-    from roi_lib.store.papers import make_paper_list
-
     check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
     for order in args.orders:
         check_choice("order", order, ORDERS)
     if args.save:
-        check_replaceable(args.save)
+        files.check_replaceable(args.save)
     world = get_world(args.world)
     names = find_methods(world, args.methods)
-    papers, split, seed = exam_papers(args, world)
+    drawn, split, seed = exam_papers(args, world)
     if args.write_papers:
-        write_json(args.write_papers, asdict(make_paper_list(world, papers, split, seed)))
+        listed = papers.make_paper_list(world, drawn, split, seed)
+        files.write_json(args.write_papers, asdict(listed))
     comparison = Comparison(
-        world, papers, seed, args.temperature, args.model, args.tokenizer, engine_of(args, world),
+        world, drawn, seed, args.temperature, args.model, args.tokenizer, engine_of(args, world),
         args.samples, tuple(order for order in ORDERS if order in (*args.orders, "easy")))
     results = run_methods(comparison, names, args.budgets or world.budgets, args.workers)
     records, order = make_records(comparison, results), comparison.orders[-1]
-    print(f"{order} order, {len(papers)} papers, seed {seed}, temperature {args.temperature:g}; "
+    print(f"{order} order, {len(drawn)} papers, seed {seed}, temperature {args.temperature:g}; "
           f"in brackets 95 % intervals\n\n{show_order(records, order)}\n")
     print(f"{show_details(records)}\n" if args.details else "--details prints the other orders")
     if args.out:
-        write_csv(args.out, records.round(6))
+        files.write_csv(args.out, records.round(6))
     if args.save:
         save_comparison(args.save, comparison, results, records, split)
     if args.plot:
-        plot_records(records, args.plot)
+        from roi_lib.teaching import plots
+        plots.use_style()
+        first = records[records["method"] == records["method"].iloc[0]]
+        figure = (plots.score_split(records, int(records["budget"].min()))
+                  if "rational" in records else plots.tokens_by_position(first))
+        figure.savefig(args.plot)
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
     print("wrote " + ", ".join(wrote) if wrote else "--out, --save and --plot write all of it")
     report(args, results, records)
-
-
-def plot_records(records, path: Path) -> None:
-    """What each method earned and lost; without the rational one, where the tokens went."""
-    from roi_lib.teaching.plots import score_split, tokens_by_position, use_style
-
-    use_style()
-    first = records[records["method"] == records["method"].iloc[0]]
-    figure = (score_split(records, int(records["budget"].min())) if "rational" in records
-              else tokens_by_position(first))
-    figure.savefig(path)
 
 
 def report(args: ExamRun, results, records) -> None:
@@ -182,38 +170,31 @@ def report(args: ExamRun, results, records) -> None:
 def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
     """Compare methods along one thing: budget, problems, mix or temperature; into a CSV file.
 
-    Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv
-    """
+    Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv"""
     from roi_lib.experiments.methods import find_methods
     from roi_lib.experiments.sweeps import run_sweep
-    from roi_lib.store.files import write_csv
-    from roi_lib.store.sources import load_pool
-
     check_writable(out=out)
     world = get_world(args.world)
-    table = run_sweep(world, what, find_methods(world, args.methods), args.exams, args.seed,
-                      load_pool(world, "test", args.data), engine_of(args, world), args.workers)
-    write_csv(out, table)
+    names, pool = find_methods(world, args.methods), sources.load_pool(world, "test", args.data)
+    table = run_sweep(world, what, names, args.exams, args.seed, pool, engine_of(args, world),
+                      args.workers)
+    files.write_csv(out, table)
     print(f"wrote {out}: {len(table)} rows")
 
 
 def osmckp(instance: Positional[Path]) -> None:
     """Solve one instance of OS-MCKP exactly, from a JSON file.
 
-    Example: python -m roi_lib osmckp INSTANCE.json
-    """
-    from roi_lib.store.instances import read_instance, solve_document
-
-    print(json.dumps(solve_document(read_instance(instance)), indent=1))
+    Example: python -m roi_lib osmckp INSTANCE.json"""
+    solution = instances.solve_document(instances.read_instance(instance))
+    print(json.dumps(solution, indent=1))
 
 
 def diagnose(log: Positional[Path]) -> None:
     """Say why a run of RARL does not learn, from its log.csv.
 
-    Example: python -m roi_lib diagnose data/pocket-rarl/log.csv
-    """
+    Example: python -m roi_lib diagnose data/pocket-rarl/log.csv"""
     from roi_lib.experiments import diagnosis
-
     print(diagnosis.report(diagnosis.diagnose(log)))
 
 
@@ -221,29 +202,23 @@ def snapshots(out: Path, work: tuple[Path, ...] = (Path("runs/rarl"),), world: s
               papers: int = 200, seed: int = 1, data: Path | None = None) -> None:
     """Look at the models that a run of RARL kept: when did it learn to skip?
 
-    Example: python -m roi_lib snapshots --work runs/rarl --out snapshots.json
-    """
+    Example: python -m roi_lib snapshots --work runs/rarl --out snapshots.json"""
     from roi_lib.experiments.snapshots import snapshot_report
-    from roi_lib.store.files import write_json
-    from roi_lib.store.sources import load_pool
-
     check_writable(out=out)
     place = get_world(world)
-    write_json(out, snapshot_report(place, work, papers, seed, load_pool(place, "test", data)))
+    pool = sources.load_pool(place, "test", data)
+    files.write_json(out, snapshot_report(place, work, papers, seed, pool))
 
 
 def doctor() -> None:
     """Check the installation: versions, checkpoints, and how to mend what is wrong.
 
-    Example: python -m roi_lib doctor
-    """
+    Example: python -m roi_lib doctor"""
     from roi_lib.teaching.doctor import check_installation
-
     if not check_installation():
         sys.exit(1)
 
 
-# ---------------------------------------------------------------- train
 @dataclass(frozen=True)
 class Stage:
     """Where a stage of training starts, works and ends."""
@@ -259,39 +234,31 @@ class Stage:
 
     def folders(self, stage: str) -> tuple[Path, Path]:
         """Where the checkpoint goes, and where the run lives."""
-        return (self.out or Path(f"data/{self.world}-{stage}"),
-                self.work or Path(f"runs/{stage}"))
+        return self.out or Path(f"data/{self.world}-{stage}"), self.work or Path(f"runs/{stage}")
 
 
 def tokenizer(stage: Omit[Stage]) -> None:
     """Make a world's own tokenizer, in --out or in its own folder below data/.
 
-    Example: python -m roi_lib train tokenizer --out runs/tokenizer
-    """
-    from roi_lib.store.files import DATA
+    Example: python -m roi_lib train tokenizer --out runs/tokenizer"""
     from roi_lib.store.tokenizers import make_tokenizer
-
     world = get_world(stage.world)
-    make_tokenizer(world, stage.out or DATA / world.tokenizer, stage.data)
+    make_tokenizer(world, stage.out or files.DATA / world.tokenizer, stage.data)
 
 
 def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
     """Pre-train the base model of a world of generated problems, about an hour.
 
-    Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base
-    """
+    Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base"""
     from roi_lib.training.pretrain import pretrain
-
     pretrain(get_world(stage.world), *stage.folders("base"), recipe)
 
 
 def mft(recipe: Omit[MFTRecipe], stage: Omit[Stage]) -> None:
     """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips.
 
-    Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out
-    """
+    Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out"""
     from roi_lib.training.mft import train_mft
-
     train_mft(get_world(stage.world), *stage.folders("mft"), recipe, stage.model, stage.engine,
               stage.data)
 
@@ -299,10 +266,8 @@ def mft(recipe: Omit[MFTRecipe], stage: Omit[Stage]) -> None:
 def rarl(recipe: Omit[RARLRecipe], stage: Omit[Stage]) -> None:
     """Rationality-Aware RL: from the MFT model to one that allocates its budget.
 
-    Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out
-    """
+    Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out"""
     from roi_lib.training.rarl import train_rarl
-
     train_rarl(get_world(stage.world), *stage.folders("rarl"), recipe, stage.model, stage.papers,
                stage.engine, stage.vllm_url, stage.data)
 
@@ -311,46 +276,35 @@ def ablations(recipe: Omit[RARLRecipe], stage: Omit[Stage], variants: tuple[str,
               jobs: int = 2, threads: int = 1) -> None:
     """RARL again and again with one thing changed, `jobs` at a time; a table and a folder of logs.
 
-    Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv
-    """
+    Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv"""
     from roi_lib.experiments.ablations import ablate
-    from roi_lib.store.sources import load_pool
-
     world, out = get_world(stage.world), stage.out or Path("data/ablations.csv")
     check_writable(out=out)
     ablate(world, recipe, stage.folders("ablations")[1], out, variants, stage.papers, jobs, threads,
-           *(load_pool(world, split, stage.data) for split in SPLITS))
+           tuple(sources.load_pool(world, split, stage.data) for split in SPLITS))
     print(f"wrote {out}")
 
 
-# ---------------------------------------------------------------- bench
 def bench(what: Positional[Literal["osmckp", "generation", "rarl"]],
           out: Path | None = None) -> None:
     """Measure side by side: scipy's milp; transformers' generate and vLLM; TRL's GRPOTrainer.
 
-    Example: python -m roi_lib bench generation --out bench.json
-    """
-    from importlib import import_module
-
-    from roi_lib.store.files import write_json
-
+    Example: python -m roi_lib bench generation --out bench.json"""
     check_writable(out=out)
     result = import_module(f"roi_lib.experiments.bench_{what}").bench()
     print(json.dumps(result, indent=1))
     if out:
-        write_json(out, result)
+        files.write_json(out, result)
 
 
 def seeds(checkpoints: Positional[tuple[str, ...]], out: Path) -> None:
     """Put checkpoints of RARL from several seeds into one table, given as SEED=FOLDER.
 
-    Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv
-    """
+    Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv"""
     from roi_lib.experiments.ablations import write_seeds
-
     check_writable(out=out)
-    write_seeds([(int(word.partition("=")[0]), Path(word.partition("=")[2]))
-                 for word in checkpoints], out)
+    pairs = [word.partition("=") for word in checkpoints]
+    write_seeds([(int(seed), Path(folder)) for seed, _, folder in pairs], out)
     print(f"wrote {out}")
 
 

@@ -64,15 +64,14 @@ def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, sat):
             for position, problem in enumerate(exam.problems, 1):
                 s = next(segments) if problem in chosen else None
                 level = LEVELS[problem.tier] if not s else -1 if s.level is None else s.level
-                rows.append((i, position, problem.id, problem.tier, order, s.cost if s else 0,
-                             level, not s, bool(s) and s.answer == problem.answer,
-                             bool(s and s.cost), 15 * charged + len(ids), tuple(ids)))
-    columns = ("exam position problem tier order cost predicted skipped correct reached tokens "
-               "ids").split()
-    pd.testing.assert_frame_equal(table[columns], pd.DataFrame(rows, columns=columns),
-                                  check_dtype=False)
+                rows.append((i, position, problem.id, order, budget, s.cost if s else 0, level,
+                             not s, bool(s) and s.answer == problem.answer, bool(s and s.cost),
+                             15 * charged + len(ids), 15 * charged, tuple(ids)))
+    wanted = pd.DataFrame(rows, columns=(
+        "exam position problem order budget cost predicted skipped correct reached tokens "
+        "preamble ids").split())
+    pd.testing.assert_frame_equal(table[wanted.columns], wanted, check_dtype=False)
     assert (table["tokens"] <= budget).all() and table["correct"].any() == bool(sat)
-    assert (table["budget"] == budget).all() and (table["preamble"] == 15 * charged).all()
     assert (table["real"][table["skipped"]] == 3).all()
 
 
@@ -98,8 +97,7 @@ def test_workers_change_nothing_and_repetitions_neither():
     rows = one.table.groupby(["budget", "order"], sort=False).size().to_dict()
     assert same(one, two) and list(rows.items()) == [
         ((budget, order), 2 * 3) for budget in (16, 24) for order in ORDERS]
-    assert list(one.bounds.index.unique("method")) == ["rational", "rational_tagged"]
-    assert one.bounds.index.is_unique and len(one.bounds) == 2 * 2 * 3 * 2
+    assert one.bounds.groupby("method").size().to_dict() == {"rational": 12, "rational_tagged": 12}
 
 
 class Deadly:
@@ -110,33 +108,22 @@ class Deadly:
 
 
 def test_what_happens_in_a_worker_is_told(refusal):
+    deadly = EngineConfig(options={"max_rows": Deadly()})
     comparison = Comparison(POCKET, PAPERS[:1], temperature=-1.0)
     assert "temperature must be 0" in refusal(run_methods, comparison, ["base"], [16], 2)
-    comparison = Comparison(POCKET, PAPERS[:1], tokenizer=Deadly())
     with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
-        run_methods(comparison, ["base"], [16], workers=2)
+        run_methods(replace(comparison, engine=deadly), ["base"], [16], workers=2)
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_sat(refusal, monkeypatch):
     monkeypatch.setattr(EngineConfig, "make", lambda *_: pytest.fail("an engine was made"))
-    world = replace(POCKET, methods={"base": Method("pocket-base", "direct"),
-                                     "mft": Method("no-mft", "roi"),
-                                     "rational": Method("pocket-base", "direct", "rational")})
+    world = replace(POCKET, methods=POCKET.methods | {"mft": Method("no-mft", "roi")})
     comparison = Comparison(world, PAPERS, samples=3)
     for names, budgets, words in ((["base", "mft"], [64], "needs the checkpoint data/no-mft"),
                                   (["base", "genius"], [64], "'genius'"),
                                   (["base", "rational"], [64], "give a multiple of 4"),
                                   (["base"], [64, 4], "budget 4 is smaller")):
         assert words in refusal(run_methods, comparison, names, budgets)
-
-
-def test_processes_are_started_where_they_pay(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    many, few = (Comparison(POCKET, [()] * n) for n in (500, 50))
-    server = replace(many, engine=EngineConfig("openai"))
-    found = [methods.default_workers(comparison, [name]) for comparison, name in (
-        (many, "pocket-base"), (few, "pocket-base"), (server, "pocket-base"), (many, "hub/id"))]
-    assert found == [4, 1, 1, 1]
 
 
 def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):
@@ -146,10 +133,8 @@ def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):
     assert same(run_method(replay, "base", [16]), first)
     replay = replace(replay, papers=PAPERS[:2])
     assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", [16])
-    other = replace(comparison, world=replace(POCKET, name="elsewhere"))
-    assert "its world is 'pocket', not 'elsewhere'" in refusal(run_method, other, "base", [16])
     head, rest = log.read_text().split("\n", 1)
-    for key, value in (("budget", 24), ("model", "0123")):
+    for key, value in (("budget", 24), ("model", "0123"), ("world", "elsewhere")):
         changed = {"run": json.loads(head)["run"] | {key: value}}
         log.write_text(f"{json.dumps(changed)}\n{rest}")
         assert f"its {key} is {value!r}, not" in refusal(run_method, comparison, "base", [16])

@@ -1,4 +1,4 @@
-"""The rational test-taker: by hand, by brute force, and honest about what it has seen."""
+"""The rational test-taker: by brute force, and honest about what it has seen."""
 
 from functools import cache
 from itertools import product
@@ -13,43 +13,20 @@ from roi_lib.rational import Outcomes, rational_bounds
 from roi_lib.worlds import POCKET
 
 SKIP, TAG = 5, 3
-
-
-def outcomes(cost, correct):
-    family = np.array([[f"f{i}" for i in range(cost.shape[1])]] * len(cost))
-    return Outcomes(cost, correct, family, SKIP, TAG)
+PLACE = [2, 0, 1]
 
 
 def luck(seed, papers, attempts):
-    """Random papers with costs 10 to 80, right answers in most attempts, and an order of each."""
-    rng = np.random.default_rng(seed)
-    some = outcomes(rng.integers(10, 80, (papers, 3, attempts)),
-                    rng.random((papers, 3, attempts)) < 0.7)
-    return some, np.tile([2, 0, 1], (papers, 1))
+    """Random papers of one kind, costs 10 to 80, right answers in most attempts."""
+    rng, shape = np.random.default_rng(seed), (papers, 3, attempts)
+    return Outcomes(rng.integers(10, 80, shape), rng.random(shape) < 0.7,
+                    np.array([["a", "b", "c"]] * papers), SKIP, TAG)
 
 
-def test_one_paper_by_hand():
-    """The hard problem takes 50 tokens, always; the easy one 20; a skip takes 5."""
-    two = outcomes(np.array([[[20] * 4, [50] * 4]]), np.ones((1, 2, 4), bool))
-    places = {"easy": np.array([[0, 1]]), "hard": np.array([[1, 0]])}
-    bounds = rational_bounds(two, places, [69, 70, 24], folds=2)
-    for budget, order, points, skipped in (
-            (70, "easy", 2, [0, 0]), (70, "hard", 2, [0, 0]), (69, "easy", 1, [1, 0]),
-            (69, "hard", 1, [1, 0]), (24, "easy", 1, [0, 1]), (24, "hard", 0, [1, 1])):
-        (row,) = bounds.loc[budget, order].itertuples()
-        assert row.achievable == row.by_family == row.hindsight == pytest.approx(row.plug_in)
-        assert row.achievable == points
-        assert [row.skipped_1, row.skipped_2] == skipped, "a tie goes to the cheaper action"
-    assert bounds.loc[24, "hard"][["tokens_1", "tokens_2"]].to_numpy().tolist() == [[5, 5]]
-    tagged = rational_bounds(two.tagged(), places, [70, 76], folds=2)["achievable"]
-    assert tagged[70, "hard", 0] == 1 and tagged[76, "hard", 0] == 2
-    assert two.tagged().skip == SKIP + TAG
-
-
-def brute_force(cost, right, known, paid, budget):
-    """Points and tokens of the best policy by the attempts `known`, paid by those in `paid`."""
+def brute_force(cost, right, known, paid, budget, skip=SKIP):
+    """Points, tokens and skips of the best policy by the attempts `known`, paid by others."""
     def outcomes_of(i, tries, attempts):
-        return [(cost[i][k], right[i][k]) for k in attempts] if tries else [(SKIP, False)]
+        return [(cost[i][k], right[i][k]) for k in attempts] if tries else [(skip, False)]
 
     @cache
     def value(i, left, tries):
@@ -60,42 +37,42 @@ def brute_force(cost, right, known, paid, budget):
 
     def pay(i, left):
         if i == len(cost):
-            return np.zeros(2)
+            return np.zeros(3)
         tries = value(i, left, True) > value(i, left, False) + 1e-9  # a tie is a skip
-        return np.mean([pay(i + 1, max(left - c, 0)) + (r and c <= left, min(c, left))
+        return np.mean([pay(i + 1, max(left - c, 0)) + (r and c <= left, min(c, left), not tries)
                         for c, r in outcomes_of(i, tries, paid)], axis=0)
 
     return pay(0, budget)
 
 
-def test_bounds_equal_brute_force():
-    some, place = luck(4, 15, 4)
-    bounds = rational_bounds(some, {"any": place}, [60, 110], folds=2)
+@pytest.mark.parametrize("tagged", [False, True])
+def test_bounds_equal_brute_force(tagged):
+    some = luck(4, 15, 4).tagged() if tagged else luck(4, 15, 4)
+    assert some.skip == SKIP + TAG * tagged and some.cost.min() == 10 + TAG * tagged
+    bounds = rational_bounds(some, {"any": np.tile(PLACE, (15, 1))}, [60, 110], folds=2)
     for budget, paper in product([60, 110], range(15)):
-        cost, right = some.cost[paper][place[paper]], some.correct[paper][place[paper]]
-        achievable, tokens = np.mean([  # the folds are the attempts in turn
-            brute_force(cost, right, known, [k for k in range(4) if k not in known], budget)
-            for known in ([1, 3], [0, 2])], axis=0)
-        best = [osmckp.offline_value([[SKIP, c] for c in cost[:, k]], [[0, r] for r in right[:, k]],
-                                     budget) for k in range(4)]
-        row = bounds.loc[budget, "any", paper]
-        assert row["achievable"] == pytest.approx(achievable)
-        assert row.filter(like="tokens_").sum() == pytest.approx(tokens)
-        assert row["plug_in"] == pytest.approx(
-            brute_force(cost, right, range(4), range(4), budget)[0])
-        assert row["hindsight"] == pytest.approx(np.mean(best))
+        exam, row = (some.cost[paper][PLACE], some.correct[paper][PLACE]), bounds.loc[
+            budget, "any", paper]
+        found = [brute_force(*exam, known, [k for k in range(4) if k not in known], budget,
+                             some.skip) for known in ([1, 3], [0, 2])]  # attempts in turn
+        assert np.mean(found, axis=0) == pytest.approx(
+            [row["achievable"], *(row.filter(like=name).sum() for name in ("tokens", "skipped"))])
+        best = brute_force(*exam, range(4), range(4), budget, some.skip)
+        assert row["plug_in"] == pytest.approx(best[0])
+        known = [osmckp.offline_value([[some.skip, c] for c in cost], [[0, r] for r in right],
+                                      budget) for cost, right in zip(*(x.T for x in exam),
+                                                                     strict=True)]
+        assert row["hindsight"] == pytest.approx(np.mean(known))
 
 
 def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
     """Whatever a test-taker does, over all combinations of the attempts."""
-    papers, budget = 20, 90
-    some, place = luck(7, papers, 3)
-    losses = rational.decision_losses(some, place, budget)
+    some, papers, budget = luck(7, 20, 3), 20, 90
+    losses = rational.decision_losses(some, np.tile(PLACE, (papers, 1)), budget)
     assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
-    cost, correct = (np.take_along_axis(x, place[:, :, None], 1)
-                     for x in (some.cost, some.correct))
-    best = [brute_force(c, r, range(3), range(3), budget)[0]
-            for c, r in zip(cost, correct, strict=True)]
+    cost, correct = some.cost[:, PLACE], some.correct[:, PLACE]
+    best = [brute_force(*exam, range(3), range(3), budget)[0]
+            for exam in zip(cost, correct, strict=True)]
     for tries in product((False, True), repeat=3):
         lost, score = np.zeros(papers), np.zeros(papers)
         for paper, luck_of in product(range(papers), product(range(3), repeat=3)):
@@ -117,8 +94,9 @@ def test_the_truth_lies_between_achievable_and_plug_in():
             (q / 2, c, r) for c in (cheap, dear) for r, q in ((1, right), (0, 1 - right))]))
         for right in p])).value
     shape = (papers, 2, 4)
-    drawn = outcomes(np.where(rng.random(shape) < 0.5, cheap, dear),
-                     rng.random(shape) < np.array(p)[:, None])
+    drawn = Outcomes(np.where(rng.random(shape) < 0.5, cheap, dear),
+                     rng.random(shape) < np.array(p)[:, None], np.array([["a", "b"]] * papers),
+                     SKIP, TAG)
     bound = rational_bounds(drawn, {"any": np.tile([0, 1], (papers, 1))}, [budget], folds=2)
     mean, error = bound.mean(), 3 * bound["achievable"].std() / np.sqrt(papers)
     assert mean["achievable"] < truth - error / 3 and mean["plug_in"] > truth + error

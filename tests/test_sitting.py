@@ -42,22 +42,22 @@ def test_the_budget_alone_decides_what_a_faultless_writer_scores(env, order):
 
 def test_every_column_by_hand(env):
     (exam,) = in_orders(PAPERS[:1], ["medium"], 0)
-    skip = f"Q2. {tag(3)} \\boxed{{NA}}"
-    words = f"Plan. Q1. {tag(0)} \\boxed{{1}} {skip}"
-    back = f"Q2. \\boxed{{{exam.problems[1].answer}}} Q1. 5 Q3. 1"
-    table = sit(env, Writer(env, words, back), [exam], 24, n=2, style="roi")
+    skip, gold = f"Q2. {tag(3)} \\boxed{{NA}}", exam.problems[1].answer
+    words = [f"Plan. Q1. {tag(0)} \\boxed{{1}} {skip}", f"Q2. \\boxed{{{gold}}} Q1. 5 Q3. 1"]
+    table = sit(env, Writer(env, *words), [exam], 24, n=2, style="roi")
     first, second = (own for _, own in table.groupby("rollout"))
-    assert list(table) == COLUMNS and first["problem"].tolist() == [p.id for p in exam.problems]
-    assert first["preamble"].tolist() == [len(env.encode("Plan."))] * 3 and first["finished"].all()
-    assert first["cost"].iloc[1] == len(env.encode(skip)) + 1, "with the end-of-sequence"
-    assert first["predicted"].tolist() == [0, 3, -1] and first["real"].tolist() == [0, 3, 0]
-    assert first["answer"].tolist()[:2] == ["1", "NA"] and first["answer"].isna().iloc[2]
-    assert first["skipped"].tolist() == [False, True, False] and not first["cut"].any()
-    assert first["reached"].tolist() == [True, True, False] and set(table["order"]) == {"medium"}
+    plan, head, last = (len(env.encode(text)) for text in (
+        "Plan.", f"Q1. {tag(0)} \\boxed{{1}}", skip))
+    wanted = {"problem": [p.id for p in exam.problems], "preamble": [plan] * 3,
+              "cost": [head, last + 1, 0], "predicted": [0, 3, -1], "real": [0, 3, 0],
+              "skipped": [False, True, False], "reached": [True, True, False],
+              "cut": [False] * 3, "finished": [True] * 3, "order": ["medium"] * 3,
+              "prompt": [env.prompt(exam, 24, "roi")] * 3, "position": [1, 2, 3],
+              "ids": [(*env.encode(words[0]), env.tokenizer.eos_token_id)] * 3}
+    assert list(table) == COLUMNS and first[[*wanted]].to_dict("list") == wanted
+    assert first["answer"].fillna("").tolist() == ["1", "NA", ""]
     assert second["correct"].tolist() == [False, True, False] and set(second["revisits"]) == {1}
     assert points(table).tolist() == [0, 1] and len(responses(table)) == 2
-    assert set(table["prompt"]) == {env.prompt(exam, 24, "roi")}
-    assert first["ids"].iloc[0] == (*env.encode(words), env.tokenizer.eos_token_id)
 
 
 def test_what_a_back_end_did_wrong_and_what_a_statement_holds(env):

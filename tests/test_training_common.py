@@ -49,31 +49,28 @@ class Recipe:
     sizes: tuple = ((2, 1),)
 
 
-def test_a_work_folder_of_another_recipe_or_process_is_refused(tmp_path, refusal):
-    def run(recipe, **start):
-        with common.run_folder(tmp_path, recipe, POCKET, **start):
-            return refusal(common.run_folder(tmp_path, recipe, POCKET, **start).__enter__)
-
+def test_a_work_folder_of_another_recipe_is_refused(tmp_path, refusal):
     for _ in range(2):
-        assert "another process is writing" in run(Recipe())
-    assert "holds a run with another rate, start, which" in refusal(run, Recipe(0.4), start="x")
+        with common.run_folder(tmp_path, Recipe(), POCKET):
+            pass
+    other = common.run_folder(tmp_path, Recipe(0.4), POCKET, start="x")
+    assert "holds a run with another rate, start, which" in refusal(other.__enter__)
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
 @pytest.mark.parametrize("size", [10, 10**6])
 def test_a_full_disk_is_an_os_error_whatever_torch_calls_it(tmp_path, size):
-    def save(**options):
+    def train(**options):
         torch.save({"w": torch.zeros(size)}, tmp_path / "full")
-
-    def fail(**options):
         raise RuntimeError("CUDA out of memory")
 
-    (tmp_path / "full").symlink_to("/dev/full")
-    there = SimpleNamespace(output_dir="runs/mft")
-    with pytest.raises(OSError, match="runs/mft could not be written .*make room and run the same"):
-        common.run_trainer(SimpleNamespace(train=save, args=there))
+    trainer = SimpleNamespace(train=train, args=SimpleNamespace(output_dir="runs/mft"))
     with pytest.raises(RuntimeError, match="^CUDA out of memory$"):  # other errors pass
-        common.run_trainer(SimpleNamespace(train=fail, args=there))
+        common.run_trainer(trainer)
+    (tmp_path / "full").unlink()
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="runs/mft could not be written .*make room and run the same"):
+        common.run_trainer(trainer)
 
 
 def parts():

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from roi_lib.exams import draw_papers
 from roi_lib.experiments.diagnosis import diagnose
-from roi_lib.problems import Problem
 from roi_lib.store.checkpoints import load_environment, load_model
 from roi_lib.store.files import write_csv
 from roi_lib.training.rarl import PAPERS_SEED, measure, train
@@ -43,11 +42,10 @@ ABLATIONS = {
 COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
            "regret_high", "skip_easy", "skip_medium", "skip_hard", "answers_tagged_right",
            "skips_tagged_right", "tokens", "n_exams", "steps", "seed", "diagnosis"]
-Pool = Sequence[Problem] | None
 
 
 def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_papers: int,
-                threads: int, pools: tuple[Pool, Pool]) -> pd.DataFrame:
+                threads: int, pools: tuple) -> pd.DataFrame:
     """Train and measure one variant in a process of its own; its rows of the table. `work/NAME`
     keeps everything, what the run prints too; what is found there is not done again."""
     torch.set_num_threads(threads)
@@ -67,12 +65,12 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
 
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
-           pools: tuple[Pool, Pool] = (None, None)) -> pd.DataFrame:
+           pools: tuple = (None, None)) -> pd.DataFrame:
     """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each.
 
     `work` is what the runs keep: the same command goes on where it stopped. The table goes to
-    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. `pools` are problems to train and to
-    measure on. `ValueError`: unknown name, or a variant that failed, once the others are done.
+    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. `pools`: problems to train on, and to be
+    measured on. `ValueError`: unknown name, or a variant that failed, once the others are done.
     """
     names = list(names or ABLATIONS)
     for name in names:

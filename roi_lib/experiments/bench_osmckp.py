@@ -32,14 +32,17 @@ def milp_value(owner: np.ndarray, cost: np.ndarray, reward: np.ndarray, budget: 
         options={"mip_rel_gap": 0}).fun
 
 
-def best_ms(function, repeats: int):
+def timed(function, *arguments) -> tuple:
+    """Seconds of one call, and its result."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def best_ms(repeats: int, function, *arguments) -> tuple:
     """The shortest time of a few calls, and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times), result
+    times, results = zip(*(timed(function, *arguments) for _ in range(repeats)), strict=True)
+    return 1e3 * min(times), results[-1]
 
 
 def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
@@ -47,10 +50,11 @@ def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
     instance = random_instance(n, budget, 4, 64)
     draws = osmckp.draw(instance, exams)
     known = [np.array([(i, action.cost[pick[run, k]], action.reward[pick[run, k]])
-                       for i, (actions, pick) in enumerate(zip(instance.classes, draws, strict=True))
-                       for k, action in enumerate(actions)], float).T for run in range(exams)]
-    dp_ms, dp = best_ms(lambda: osmckp.hindsight_scores(instance, draws), repeats)
-    milp_ms, ip = best_ms(lambda: [milp_value(*one, budget) for one in known], 1)
+                       for i, pick in enumerate(draws)
+                       for k, action in enumerate(instance.classes[i])], float).T
+             for run in range(exams)]
+    dp_ms, dp = best_ms(repeats, osmckp.hindsight_scores, instance, draws)
+    milp_ms, ip = best_ms(1, lambda: [milp_value(*one, budget) for one in known])
     return {"exams": exams, "N": n, "B": budget, "K": 4, "dp_ms_per_exam": dp_ms / exams,
             "milp_ms_per_exam": milp_ms / exams, "speedup": milp_ms / dp_ms,
             "largest_difference": float(np.abs(dp - np.array(ip)).max())}
@@ -58,7 +62,7 @@ def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
 
 def bench(exams: int = 200, repeats: int = 5) -> dict:
     """All timings as one JSON-ready dict; about ten seconds."""
-    ms, solution = best_ms(lambda: osmckp.solve(random_instance(3, 4096, 4, 256)), repeats)
+    ms, solution = best_ms(repeats, osmckp.solve, random_instance(3, 4096, 4, 256))
     return {"one_instance": {"N": 3, "B": 4096, "K": 4, "S": 256, "ms": ms, "target_ms": 25,
                              "value": solution.value},
             "offline_vs_milp": [offline(n, 1024, exams, repeats) for n in (3, 12)]}

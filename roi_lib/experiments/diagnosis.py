@@ -5,8 +5,8 @@ not even logged. Other columns (see `training.rarl.COLUMNS`) say what is wrong: 
 first and the last rows of a log are compared. Thresholds are rules of thumb for groups of 8 to 32.
 """
 
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +14,15 @@ import pandas as pd
 
 from roi_lib.training.rarl import COLUMNS, LARGEST_GAP
 
+#: One cause that fits a log: its name, the number that shows it, and what to try.
+Finding = namedtuple("Finding", "cause evidence remedy")
 WINDOW = 12  # rows at each end, at most: two or three budgets in turn weigh the same at both
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One cause that fits a log: its name, the number that shows it, and what to try."""
-
-    cause: str
-    evidence: str
-    remedy: str
-
-
 def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Finding]:
-    """The causes that fit, the more fundamental first: an earlier one often explains the others.
-
-    The columns' means over the first and the last rows, and their largest values; NaN, which no
-    comparison holds for, where nothing was measured.
-    """
+    """The causes that fit the columns' means over the first and the last rows, and their largest
+    values (NaN, which no comparison holds for, where nothing was measured), the more fundamental
+    first: an earlier one often explains the others."""
     reward = f"reward {last.reward:.2f}"
     level = ("no answer with a level tag" if np.isnan(last.level_accuracy)
              else f"level_accuracy {last.level_accuracy:.2f}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from multiprocessing import get_context
 
@@ -64,18 +65,6 @@ class Comparison:
                                   "the method out")
         return own
 
-    def environment(self, name: str) -> Environment:
-        """World and tokenizer of a method. What a chat server writes is charged in the world's."""
-        served = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
-        return load_environment(self.world, None if served else self.checkpoint(name),
-                                self.tokenizer)
-
-    def sit(self, env: Environment, engine: Engine, exams: Sequence[Exam], budget: int,
-            method: Method, **options) -> pd.DataFrame:
-        """`sitting.sit` in a method's style, with the temperature and the seed of all methods."""
-        return sit(env, engine, exams, budget, style=method.style, temperature=self.temperature,
-                   seed=self.seed, **options)
-
 
 @dataclass
 class Results:
@@ -112,8 +101,10 @@ def find_methods(world: World, names: Sequence[str]) -> list[str]:
 def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
     """Let one method sit all papers in the comparison's orders under every budget; `ValueError`:
     unknown method, checkpoint not to be had, a budget too small, or the log of another run."""
-    method, checkpoint = comparison.world.method(name), comparison.checkpoint(name)
-    env, config = comparison.environment(name), comparison.engine
+    world, config, method = comparison.world, comparison.engine, comparison.world.method(name)
+    checkpoint = comparison.checkpoint(name)
+    chat = config.name == "openai" and config.options.get("api") == "chat"  # charged as the world's
+    env = load_environment(world, None if chat else checkpoint, comparison.tokenizer)
     for budget in budgets:
         env.check_budget(budget)
     if method.checkpoint is None:
@@ -121,15 +112,14 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
         engine = reference_engine(env, exams, budgets, method.style)
         engines = dict.fromkeys(budgets, engine)
     else:
-        engine = config.make(checkpoint, env.tokenizer, comparison.world.dtype)
-        run = {"world": comparison.world.name, "model": checkpoint, "seed": comparison.seed,
+        engine = config.make(checkpoint, env.tokenizer, world.dtype)
+        run = {"world": world.name, "model": checkpoint, "seed": comparison.seed,
                "tokenizer": comparison.tokenizer}
         engines = {budget: config.logged(engine, name, budget, run) for budget in budgets}
     if method.strategy == "rational":
         return run_rational(comparison, name, env, engines[max(budgets)], budgets)
     run_one = run_knapsack if method.strategy == "knapsack" else run_whole
-    parts = {budget: run_one(comparison, method, env, engines[budget], budget)
-             for budget in budgets}
+    parts = {b: run_one(comparison, method, env, engines[b], b) for b in budgets}
     table = pd.concat([table for table, _ in parts.values()], ignore_index=True)
     return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
                    facts={(name, budget): facts for budget, (_, facts) in parts.items()},
@@ -138,11 +128,8 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
 
 def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
                 workers: int | None = None) -> Results:
-    """All methods under all budgets, in the order of the names; see `run_method`.
-
-    What the `workers`, processes with their share of the cores, return does not depend on their
-    number; None: as many as pay. `ChildProcessError`: one was killed.
-    """
+    """All methods under all budgets, in the order of the names, by so many processes (None: as many
+    as pay); see `run_method`. `ChildProcessError`: one was killed."""
     names, budgets = list(dict.fromkeys(names)), list(dict.fromkeys(budgets))
     rational = [name for name in names if comparison.world.method(name).strategy == "rational"]
     checkpoints = [comparison.checkpoint(name) for name in names]
@@ -181,8 +168,9 @@ def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -
 def run_whole(comparison: Comparison, method: Method, env: Environment, engine: Engine,
               budget: int) -> tuple[pd.DataFrame, dict]:
     """The paper as one exam, which is what a model does by itself."""
-    return pd.concat([comparison.sit(env, engine, comparison.exams(order), budget, method)
-                      for order in comparison.orders], ignore_index=True), {}
+    return pd.concat([sit(
+        env, engine, comparison.exams(order), budget, style=method.style, seed=comparison.seed,
+        temperature=comparison.temperature) for order in comparison.orders], ignore_index=True), {}
 
 
 def run_rational(comparison: Comparison, name: str, env: Environment, engine: Engine,
@@ -191,21 +179,21 @@ def run_rational(comparison: Comparison, name: str, env: Environment, engine: En
     outcomes = sample_outcomes(env, engine, comparison.papers, max(budgets), comparison.samples,
                                comparison.temperature, comparison.seed)
     places = {order: comparison.places(order) for order in comparison.orders}
-    bounds = {label: rational_bounds(some, places, budgets) for label, some in (
-        (name, outcomes), (f"{name}_tagged", outcomes.tagged()))}
+    bounds = {name: rational_bounds(outcomes, places, budgets),
+              f"{name}_tagged": rational_bounds(outcomes.tagged(), places, budgets)}
     return Results(pd.DataFrame(), pd.concat(bounds, names=["method"]), outcomes)
 
 
-# ---------------------------------------------------------------- Greedy Knapsack
 def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,
                  budget: int) -> tuple[pd.DataFrame, dict]:
     """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction:
     every problem alone, its prompt with the exam's budget, no further than a header with a tag."""
-    streams = [(i, j) for i, paper in enumerate(comparison.papers) for j, _ in enumerate(paper)]
-    alone = [Exam((problem,), "easy") for paper in comparison.papers for problem in paper]
-    predicted = comparison.sit(env, engine, alone, budget, method, streams=streams,
-                               cap=env.smallest_budget)
-    unread, shape = predicted["predicted"] < 0, (len(comparison.papers), -1)
+    take = partial(sit, env, engine, style=method.style, temperature=comparison.temperature,
+                   seed=comparison.seed)
+    shape = len(comparison.papers), len(comparison.papers[0])
+    predicted = take([Exam((problem,), "easy") for paper in comparison.papers for problem in paper],
+                     budget, streams=list(np.ndindex(shape)), cap=env.smallest_budget)
+    unread = predicted["predicted"] < 0
     levels = predicted["predicted"].mask(unread, env.world.skip_level).to_numpy().reshape(shape)
     tokens = predicted["tokens"].to_numpy().reshape(shape).sum(1)
     charges, tables = tokens * method.charged, []
@@ -215,11 +203,10 @@ def run_knapsack(comparison: Comparison, method: Method, env: Environment, engin
         chosen = [greedy_knapsack(row, budget - charge, env.world.centroids).tolist()
                   for row, charge in zip(own, charges, strict=True)]
         for charge in sorted(set(charges)):  # one, unless a prediction ended before its tag
-            rows = [i for i, exam in enumerate(exams) if charges[i] == charge and any(chosen[i])
-                    and budget - charge >= env.smallest_budget]
-            if rows:
+            rows = [i for i, some in enumerate(chosen) if any(some) and charges[i] == charge]
+            if rows and budget - charge >= env.smallest_budget:
                 some = [Exam(tuple(compress(exams[i].problems, chosen[i])), order) for i in rows]
-                part = comparison.sit(env, engine, some, int(budget - charge), method)
+                part = take(some, int(budget - charge))
                 parts.append(part.assign(exam=np.take(rows, part["exam"])))
         tables.append(whole_papers(env, exams, budget, own, parts, charges))
     return pd.concat(tables, ignore_index=True), {

@@ -114,8 +114,12 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
         write_csv(temporary / "records.csv", records.round(6))
         tables = dict(iter(results.table.drop(columns="problem").groupby("method", sort=False)))
         if results.outcomes:
-            tables |= {"bounds": results.bounds.reset_index(),
-                       "outcomes": outcome_rows(results.outcomes)}
+            shape = results.outcomes.cost.shape
+            tables |= {"bounds": results.bounds.reset_index(), "outcomes": pd.DataFrame({
+                "family": results.outcomes.family.repeat(shape[2]),
+                "cost": results.outcomes.cost.ravel(), "correct": results.outcomes.correct.ravel(),
+                "skip": results.outcomes.skip, "tag": results.outcomes.tag},
+                pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()}
         for name, table in tables.items():
             if "ids" in table:
                 first = (table["exam"] < traced) & (table["position"] == 1)
@@ -125,38 +129,24 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
     write_folder(folder, fill)
 
 
-def outcome_rows(outcomes: Outcomes) -> pd.DataFrame:
-    """A row an attempt: exam, problem (from 0), attempt, family, cost, correct, skip, tag."""
-    shape = outcomes.cost.shape
-    return pd.DataFrame({
-        "family": outcomes.family.repeat(shape[2]), "cost": outcomes.cost.ravel(),
-        "correct": outcomes.correct.ravel(), "skip": outcomes.skip, "tag": outcomes.tag},
-        pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()
-
-
-def _read(folder: Path, name: str) -> pd.DataFrame:
-    verify_folder(folder)
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.parquet")))
-        raise ValueError(f"{folder} holds no {name!r}; it has {known}")
-    return pd.read_parquet(path)
-
-
 def load_rollouts(folder: Path, method: str) -> pd.DataFrame:
-    """`sitting`'s table of one method, all budgets and orders (a `ValueError` if it is not there);
-    `ids` of the first papers alone, in the row of position 1."""
-    return _read(folder, method)
+    """`sitting`'s table of one method, all budgets and orders; `ids` of the first papers alone, in
+    the row of position 1. `ValueError`: it is not there, or the folder is not whole."""
+    verify_folder(folder)
+    known = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+    if method not in known:
+        raise ValueError(f"{folder} holds no {method!r}; it has {', '.join(known)}")
+    return pd.read_parquet(known[method])
 
 
 def load_bounds(folder: Path) -> pd.DataFrame:
     """The rational test-taker, indexed by (method, budget, order, exam)."""
-    return _read(folder, "bounds").set_index([*CELL, "exam"]).sort_index()
+    return load_rollouts(folder, "bounds").set_index([*CELL, "exam"]).sort_index()
 
 
 def load_outcomes(folder: Path) -> Outcomes:
     """The attempts that the bounds follow from, without tags."""
-    rows = _read(folder, "outcomes")
+    rows = load_rollouts(folder, "outcomes")
     shape = tuple(rows[ATTEMPT].max() + 1)
     cost, correct, family = (rows[c].to_numpy().reshape(shape)
                              for c in ("cost", "correct", "family"))

@@ -169,13 +169,13 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
 def measured(labels: list[dict], calibration: dict | None = None) -> str:
     """What a card says of labels and calibration, in Markdown."""
     table = pd.DataFrame(labels).to_string(index=False)
-    words = f"**Labels** of the training problems:\n\n```\n{table}\n```\n\n"
+    words = f"**Labels**, and share of right samples, by family:\n\n```\n{table}\n```\n\n"
     if calibration is None:
         return words + "Not measured (`card_papers=0`)."
     by_tier = {name: found for name, found in calibration.items() if isinstance(found, dict)}
     return words + f"""\
 **Measured** on {calibration["papers"]} unseen papers, ample budget: right tags by position, right
-answers, skips, and what samples of the base refuse (more is in `calibration.json`).
+answers, skips, and what {calibration["samples"]} samples of the base refuse (`calibration.json`).
 
 ```
 {pd.DataFrame(by_tier).to_string()}

@@ -161,5 +161,5 @@ def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
         about="It predicts the level of each problem, and solves or skips it, so that one token "
         f"budget lasts for an exam: `{checkpoint}` after RARL with Dr. GRPO. Style `roi`.",
         made=f"{recipe.steps} steps of `roi_lib train rarl --world {world.name}`",
-        measured=f"**Measured** on {n_papers:,} unseen papers (more is in `exam.csv`):\n\n```\n"
+        measured=f"**Measured** on {n_papers:,} unseen papers, 95 % intervals (`exam.csv`)\n\n```\n"
         f"{records[CARD].round(3).to_string(index=False)}\n```")
