@@ -1,7 +1,6 @@
 """ROI-Reasoning on the command line: exams, training, and what belongs to them.
 
-Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128
-"""
+Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128"""
 
 import json
 import sys
@@ -91,7 +90,7 @@ def check_writable(**options: Path | None) -> None:
 
 
 def exam_papers(args: ExamRun, world: World):
-    """The papers that the options name, their split and their seed (a list has its own)."""
+    """The papers that the options name, and their list, with its split and its seed."""
     listed = papers.read_paper_list(args.papers) if args.papers else None
     if listed and listed.world != world.name:
         raise ValueError(f"{args.papers} holds papers of the world {listed.world}; "
@@ -101,7 +100,7 @@ def exam_papers(args: ExamRun, world: World):
             else sources.load_pool(world, split, args.data))
     drawn = papers.restore_papers(listed, pool) if listed else draw_papers(
         world, args.exams, args.problems_per_exam, split, seed, pool, args.tiers or None)
-    return drawn, split, seed
+    return drawn, papers.make_paper_list(world, drawn, split, seed)
 
 
 def engine_of(args: Run, world: World):
@@ -117,31 +116,29 @@ def exam(args: Omit[ExamRun]) -> None:
     """Let methods take exams under hard token budgets, and compare them.
 
     Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128"""
-    from roi_lib.experiments.methods import Comparison, find_methods, run_methods
-    from roi_lib.experiments.table import make_records, save_comparison, show_details, show_order
+    from roi_lib.experiments import methods, table
     check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
     for order in args.orders:
         check_choice("order", order, ORDERS)
     if args.save:
         files.check_replaceable(args.save)
     world = get_world(args.world)
-    names = find_methods(world, args.methods)
-    drawn, split, seed = exam_papers(args, world)
+    names, (sat, listed) = methods.find_methods(world, args.methods), exam_papers(args, world)
     if args.write_papers:
-        listed = papers.make_paper_list(world, drawn, split, seed)
         files.write_json(args.write_papers, asdict(listed))
-    comparison = Comparison(
-        world, drawn, seed, args.temperature, args.model, args.tokenizer, engine_of(args, world),
-        args.samples, tuple(order for order in ORDERS if order in (*args.orders, "easy")))
-    results = run_methods(comparison, names, args.budgets or world.budgets, args.workers)
-    records, order = make_records(comparison, results), comparison.orders[-1]
-    print(f"{order} order, {len(drawn)} papers, seed {seed}, temperature {args.temperature:g}; "
-          f"in brackets 95 % intervals\n\n{show_order(records, order)}\n")
-    print(f"{show_details(records)}\n" if args.details else "--details prints the other orders")
+    comparison = methods.Comparison(
+        world, sat, listed.seed, args.temperature, args.model, args.tokenizer,
+        engine_of(args, world), args.samples,
+        tuple(order for order in ORDERS if order in (*args.orders, "easy")))
+    results = methods.run_methods(comparison, names, args.budgets or world.budgets, args.workers)
+    records, order = table.make_records(comparison, results), comparison.orders[-1]
+    print(f"{order} order, {len(sat)} papers, seed {listed.seed}, temperature {args.temperature:g}"
+          f"; in brackets 95 % intervals\n\n{table.show_order(records, order)}\n")
+    print(table.show_details(records) if args.details else "--details prints the other orders")
     if args.out:
         files.write_csv(args.out, records.round(6))
     if args.save:
-        save_comparison(args.save, comparison, results, records, split)
+        table.save_comparison(args.save, comparison, results, records, listed.split)
     if args.plot:
         from roi_lib.teaching import plots
         plots.use_style()
@@ -171,13 +168,12 @@ def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
     """Compare methods along one thing: budget, problems, mix or temperature; into a CSV file.
 
     Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv"""
-    from roi_lib.experiments.methods import find_methods
-    from roi_lib.experiments.sweeps import run_sweep
+    from roi_lib.experiments import methods, sweeps
     check_writable(out=out)
     world = get_world(args.world)
-    names, pool = find_methods(world, args.methods), sources.load_pool(world, "test", args.data)
-    table = run_sweep(world, what, names, args.exams, args.seed, pool, engine_of(args, world),
-                      args.workers)
+    table = sweeps.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
+                             args.seed, sources.load_pool(world, "test", args.data),
+                             engine_of(args, world), args.workers)
     files.write_csv(out, table)
     print(f"wrote {out}: {len(table)} rows")
 
@@ -186,8 +182,7 @@ def osmckp(instance: Positional[Path]) -> None:
     """Solve one instance of OS-MCKP exactly, from a JSON file.
 
     Example: python -m roi_lib osmckp INSTANCE.json"""
-    solution = instances.solve_document(instances.read_instance(instance))
-    print(json.dumps(solution, indent=1))
+    print(json.dumps(instances.solve_document(instances.read_instance(instance)), indent=1))
 
 
 def diagnose(log: Positional[Path]) -> None:

@@ -5,8 +5,8 @@ TRL's own generation, with our rollouts (`training.trl`), and by `rarl.train_ste
 so that a busy machine hurts all alike; medians are over the steps, without the first of each turn.
 """
 
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -47,34 +47,25 @@ def plain_trainer(env: Environment, model, recipe: RARLRecipe, work: Path) -> GR
                        train_dataset=Dataset.from_dict({"prompt": list(exams)}))
 
 
-def their_seconds(trainer: GRPOTrainer) -> list[float]:
-    """Seconds of each step of a whole run, as TRL logs them (without AdamW's own, a few ms)."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return [row["step_time"] for row in trainer.state.log_history if "step_time" in row]
-
-
-def our_seconds(env: Environment, model, recipe: RARLRecipe) -> list[float]:
-    """Seconds of each step of ours."""
-    engine = engine_for(model, env.tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
-    return [timed(rarl.train_step, env, model, engine, optimizer, recipe, step)[0]
-            for step in range(recipe.steps)]
-
-
 def bench(turns: int = 3, recipe: RARLRecipe = RECIPE, start: str = "pocket-mft") -> dict:
     """Seconds a step and their ratio, JSON-ready; a few minutes. `turns` of each, from `start`."""
     env, found = load_environment(POCKET, start), []
     for _ in range(turns):
-        one, two, three = (load_model(start, "float32") for _ in range(3))
-        with tempfile.TemporaryDirectory() as work:
-            found.append(pd.DataFrame({
-                "trl": their_seconds(plain_trainer(env, one, recipe, Path(work, "one"))),
-                "trl_with_our_rollouts": their_seconds(
-                    make_trainer(env, two, recipe, Path(work, "two"))),
-                "ours": our_seconds(env, three, recipe)})[1:])
-    median = (seconds := pd.concat(found)).median().to_dict()
+        seconds, model = {}, load_model(start, "float32")
+        with TemporaryDirectory() as work:
+            for name, make in (("trl", plain_trainer), ("trl_with_our_rollouts", make_trainer)):
+                trainer = make(env, load_model(start, "float32"), recipe, Path(work, name))
+                trainer.remove_callback(PrinterCallback)
+                trainer.train()  # logs the time of each step, but for AdamW's own, a few ms
+                seconds[name] = pd.DataFrame(trainer.state.log_history)["step_time"].dropna()
+        engine = engine_for(model, env.tokenizer)
+        optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
+        seconds["ours"] = [timed(rarl.train_step, env, model, engine, optimizer, recipe, step)[0]
+                           for step in range(recipe.steps)]
+        found.append(pd.DataFrame(seconds)[1:])
+    table = pd.concat(found)
+    median = table.median().to_dict()
     return {"seconds_per_step": median, "ratio": median["trl"] / median["ours"],
-            "range": seconds.agg(["min", "max"]).to_dict("list"),
+            "range": table.agg(["min", "max"]).to_dict("list"),
             "exams": recipe.exams, "rollouts": recipe.rollouts, "budget": recipe.budgets[0],
             "start": start, "dtype": "float32", "threads": torch.get_num_threads()}

@@ -23,22 +23,22 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 
 def describe(tokenizer, problems: Sequence[Problem], left_out: dict[str, str]) -> dict:
-    """Counts and lengths of one split of one source."""
+    """Counts and lengths of one split of one source; None: it has no worked solutions."""
     def lengths(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
     def percentiles(values: list[int]) -> list[int]:
-        return [int(x) for x in np.percentile(values, PERCENTILES).round()]
+        return np.percentile(values, PERCENTILES).round().astype(int).tolist()
 
     kinds = Counter("number" if read_number(tidy(p.answer)) is not None
                     else "words" if read_words(tidy(p.answer)) else "expression" for p in problems)
     worked = [p.solution for p in problems if p.solution != f"\\boxed{{{p.answer}}}"]
     costs = lengths(worked) if worked else []
-    levels = [sum(PAPER.level_of(cost) == k for cost in costs) for k in range(PAPER.skip_level + 1)]
+    levels = Counter(map(PAPER.level_of, costs))
     return {"problems": len(problems), "left_out": left_out,
             "statement_tokens": percentiles(lengths([p.text for p in problems])),
             "solution_tokens": percentiles(costs) if worked else None,
-            "levels": levels if worked else None,
+            "levels": [levels[k] for k in range(PAPER.skip_level + 1)] if worked else None,
             "answers": {kind: kinds[kind] for kind in ("number", "words", "expression")}}
 
 

@@ -39,8 +39,7 @@ def settings(world: World, sweep: str) -> list[tuple]:
 
 
 def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
-              pool: Sequence[Problem] | None = None,
-              engine: EngineConfig = EngineConfig(),  # noqa: B008
+              pool: Sequence[Problem] | None = None, engine: EngineConfig = Comparison.engine,
               workers: int | None = None) -> pd.DataFrame:
     """The records of all settings of a sweep; each setting has a log folder of its own."""
     tables = []
