@@ -12,11 +12,11 @@ from typing import Literal, get_args
 
 import tyro
 
+from roi_lib import worlds
 from roi_lib.exams import draw_papers
 from roi_lib.problems import SPLITS
 from roi_lib.store import files, instances, papers, sources
-from roi_lib.training.recipes import PretrainRecipe
-from roi_lib.worlds import ORDERS, MFTRecipe, RARLRecipe, World, check_choice, get_world
+from roi_lib.worlds import ORDERS, World, check_choice, get_world
 
 Omit = tyro.conf.OmitArgPrefixes  # a recipe's fields are options of their own
 Positional = tyro.conf.Positional
@@ -241,7 +241,7 @@ def tokenizer(stage: Omit[Stage]) -> None:
     make_tokenizer(world, stage.out or files.DATA / world.tokenizer, stage.data)
 
 
-def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
+def pretrain(recipe: Omit[worlds.PretrainRecipe], stage: Omit[Stage]) -> None:
     """Pre-train the base model of a world of generated problems, about an hour.
 
     Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base"""
@@ -249,7 +249,7 @@ def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
     pretrain(get_world(stage.world), *stage.folders("base"), recipe)
 
 
-def mft(recipe: Omit[MFTRecipe], stage: Omit[Stage]) -> None:
+def mft(recipe: Omit[worlds.MFTRecipe], stage: Omit[Stage]) -> None:
     """Meta-Cognitive Fine-Tuning: from a base model to one that predicts levels and skips.
 
     Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out"""
@@ -258,7 +258,7 @@ def mft(recipe: Omit[MFTRecipe], stage: Omit[Stage]) -> None:
               stage.data)
 
 
-def rarl(recipe: Omit[RARLRecipe], stage: Omit[Stage]) -> None:
+def rarl(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage]) -> None:
     """Rationality-Aware RL: from the MFT model to one that allocates its budget.
 
     Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out"""
@@ -267,7 +267,7 @@ def rarl(recipe: Omit[RARLRecipe], stage: Omit[Stage]) -> None:
                stage.engine, stage.vllm_url, stage.data)
 
 
-def ablations(recipe: Omit[RARLRecipe], stage: Omit[Stage], variants: tuple[str, ...] = (),
+def ablations(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage], variants: tuple[str, ...] = (),
               jobs: int = 2, threads: int = 1) -> None:
     """RARL again and again with one thing changed, `jobs` at a time; a table and a folder of logs.
 
@@ -307,7 +307,8 @@ def commands(world: World) -> tyro.extras.SubcommandApp:
     """All commands; the defaults of the recipes of training are those of the world."""
     app, train, stage = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp(), Stage(world.name)
     train.command(partial(tokenizer, stage=stage), name="tokenizer")
-    for command, recipe in ((pretrain, PretrainRecipe()), (mft, world.mft), (rarl, world.rarl)):
+    start = worlds.PretrainRecipe()
+    for command, recipe in ((pretrain, start), (mft, world.mft), (rarl, world.rarl)):
         train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
     train.command(partial(ablations, recipe=replace(world.rarl, steps=120, exams=8),
                           stage=replace(stage, papers=400)), name="ablations")

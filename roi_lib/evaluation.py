@@ -42,8 +42,7 @@ def paired_interval(columns: Sequence[np.ndarray], statistic: Callable,
 
     All columns share each resample, so differences and ratios of columns are paired. (NaN, NaN)
     for a single exam, which has none, and where a resample makes the statistic infinite.
-    `ValueError`: one column has more papers than another.
-    """
+    `ValueError`: one column has more papers than another."""
     if len(set(map(len, columns))) > 1:
         raise ValueError("a paired comparison needs the same papers, not "
                          + " and ".join(str(len(column)) for column in columns))
@@ -79,8 +78,7 @@ def regret_difference(a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: 
     """Regret of method a minus that of b, and its interval.
 
     All four are points of the same papers in the same sequence: each method's in the order in
-    question and in the easy one.
-    """
+    question and in the easy one."""
     found = with_interval("regret", [a, a_easy, b, b_easy], lambda x, x_easy, y, y_easy: (
         (x_easy - x) / x_easy - (y_easy - y) / y_easy), seed)
     return found["regret"], (found["regret_low"], found["regret_high"])
@@ -102,8 +100,7 @@ def rates(table: pd.DataFrame) -> dict[str, float]:
     tag_accuracy, tag_easy ...    tag at the real level, of the problems tried, and of a tier's
     tags_right                    the same of all tags
     level_accuracy                of the tags of problems that the budget did not cut, which have a
-                                  real cost; answers_tagged_right, skips_tagged_right: its parts
-    """
+                                  real cost; answers_tagged_right, skips_tagged_right: its parts"""
     tier, skipped, correct = table["tier"], table["skipped"], table["correct"]
     given, tagged = table["answer"].notna(), table["predicted"] >= 0
     tried, hit = table["reached"] & ~skipped, table["predicted"] == table["real"]

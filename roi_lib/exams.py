@@ -59,8 +59,7 @@ def order_problems(problems: Sequence[Problem], order: str, seed: str) -> tuple[
 
     `easy` sorts by tier from easy to hard, `hard` the other way round; both keep the given order
     within a tier. `medium` is a permutation drawn with `seed` among those that give neither of
-    the two sequences of tiers (of all permutations, where there are no others).
-    """
+    the two sequences of tiers (of all permutations, where there are no others)."""
     check_choice("order", order, ORDERS)
     easy = sorted(problems, key=lambda p: TIERS.index(p.tier))
     hard = sorted(problems, key=lambda p: -TIERS.index(p.tier))
@@ -106,8 +105,7 @@ class Response:
     """A response cut into segments: `preamble + sum(costs) == total`, all in tokens.
 
     What follows a header that goes back to a problem already left is charged to it, but never read
-    for an answer: no revisiting.
-    """
+    for an answer: no revisiting."""
 
     segments: tuple[Segment, ...]  # one a problem, in the order of the paper
     preamble: int  # tokens before the first header (a plan, an assessment)
@@ -151,8 +149,7 @@ class Environment:
     def message(self, exam: Exam, budget: int, style: str = "direct") -> str:
         """The user message of an exam: instruction with the budget in tokens, then the statements.
 
-        White space in a statement is folded, and what no encoding knows becomes `?`.
-        """
+        White space in a statement is folded, and what no encoding knows becomes `?`."""
         check_choice("style", style, self.world.prompts)
         if not exam.problems:
             raise ValueError("an exam needs at least one problem")
@@ -174,8 +171,7 @@ class Environment:
         """Token ids of user messages in the chat template, ready for generation.
 
         The template is encoded with its control tokens, the messages without: a statement that
-        holds `<|im_end|>` stays plain text.
-        """
+        holds `<|im_end|>` stays plain text."""
         before, after = self._template
         return [tuple(before + ids + after) for ids in self.encode_data(messages)]
 
@@ -205,8 +201,7 @@ class Environment:
         """Cut a response to an exam of `n` problems into segments with token-exact costs.
 
         A segment runs from its header to the next one (a single problem needs none). Text and
-        tokens are matched by decoding prefixes of `ids`; nothing is ever encoded again.
-        """
+        tokens are matched by decoding prefixes of `ids`; nothing is ever encoded again."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]
         if n == 1 and not headers:

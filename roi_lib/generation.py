@@ -51,8 +51,7 @@ class Rollout:
 def within_budget(ids: Sequence[int], budget: int, eos_ids: Sequence[int]) -> Rollout:
     """What counts of a back end's tokens: up to the first end-of-sequence, within the budget.
 
-    Ids alone end a response: there are no stop strings, so none can end inside a token.
-    """
+    Ids alone end a response: there are no stop strings, so none can end inside a token."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     finished = end <= budget and end > 0 and ids[end - 1] in eos_ids
     return Rollout(tuple(ids[: min(end, budget)]), finished, max(len(ids) - budget, 0))
@@ -99,8 +98,7 @@ class CachedDecoder:
 
     There is a prompt a row; equal ones are read once. `longest` response tokens may follow, which
     is for other decoders to know. `logits`: after the prompts, [rows, vocabulary]. `ValueError`:
-    the model keeps something else than keys and values of its tokens.
-    """
+    the model keeps something else than keys and values of its tokens."""
 
     def __init__(self, model, prompts: Sequence[tuple[int, ...]], longest: int, pad_id: int):
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -139,8 +137,7 @@ class TorchEngine(Engine):
 
     Each distinct prompt of a batch is read once; then all rows, `max_rows` at most, decode in lock
     step, and finished rows leave the batch. Every row has a random stream of its own, with one
-    uniform number a token. `pad_id` fills up prompts of one batch, and is never charged.
-    """
+    uniform number a token. `pad_id` fills up prompts of one batch, and is never charged."""
 
     Decoder = CachedDecoder
     #: Finished rows are dropped once they are this share of the batch (dropping copies the rest).

@@ -7,8 +7,7 @@ Stage one of the method (paper, section on MFT), step by step:
     make_row           one or several of these -> one training row whose tags are exact
     curriculum         the rows: every problem alone, then exams in mixed orders
 
-`training.mft` fine-tunes on the rows, and measures how well the model then knows itself. Notebook
-04.
+`training.mft` fine-tunes on the rows, and measures the model. Notebook 04.
 """
 
 import random
@@ -68,8 +67,7 @@ def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Proble
     """`k` graded answers to every problem, alone, under the direct prompt, at temperature 1.
 
     The budget is the top level's edge: an answer that needs more would be skipped anyway. An
-    `engines.logs.LoggedEngine` keeps the answers. `ValueError`: not one of them is right.
-    """
+    `engines.logs.LoggedEngine` keeps the answers. `ValueError`: not one of them is right."""
     extra = tag_tokens(env)
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
     table = sit(env, engine, exams, env.world.level_edges[-1], seed=seed)
@@ -105,8 +103,7 @@ def align(world: World, problem: Problem, samples: Sequence[Sample], target="sho
 
     Of the right answers within the top level one is taught: the "shortest" (thrift; long luck is
     dropped) or the "median" by cost (what the model usually spends). Where there is none, the
-    problem is refused.
-    """
+    problem is refused."""
     good = sorted((s for s in samples if s.correct and world.level_of(s.cost) < world.skip_level),
                   key=lambda s: s.cost)
     rate = len(good) / len(samples)
@@ -132,8 +129,7 @@ def make_row(env: Environment, targets: Sequence[Target], budget: int) -> Row:
     """The row that answers these problems in this order under `budget` tokens.
 
     Levels are read off the row's own tokens, tags and end-of-sequence included: next to an edge a
-    problem may cost another level in an exam than alone. `ValueError`: no levels agree.
-    """
+    problem may cost another level in an exam than alone. `ValueError`: no levels agree."""
     world = env.world
     prompt = env.prompt(Exam(tuple(t.problem for t in targets), "medium"), budget, "roi")
     levels, words = [t.level for t in targets], [t.words for t in targets]
@@ -156,8 +152,7 @@ def curriculum(env: Environment, targets: Sequence[Target], recipe: MFTRecipe) -
     """All rows of the recipe's steps: every problem alone, then exams of several, in mixed orders.
 
     Budgets in the prompts are the world's own in half of the rows, else anything from half the
-    smallest to twice the largest: the level of a problem does not depend on them.
-    """
+    smallest to twice the largest: the level of a problem does not depend on them."""
     rng, budgets = random.Random(f"{recipe.seed}/mft"), env.world.budgets
 
     def budget() -> int:

@@ -216,8 +216,7 @@ def problem_stream(world: World, tier: str, split: str, seed: int,
     """An endless seeded stream of one tier's problems.
 
     Generated families alternate at random and are drawn afresh. A pool, which a world of datasets
-    needs (see `store.sources.load_pool`), is shuffled and gone through again and again.
-    """
+    needs (see `store.sources.load_pool`), is shuffled and gone through again and again."""
     check_choice("split", split, SPLITS)
     rng = random.Random(f"{seed}/{split}/{tier}")
     if pool is None and not is_generated(world):

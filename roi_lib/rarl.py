@@ -7,17 +7,13 @@ Stage two of the method (paper, section on RARL), to be read downwards. What is 
 - group deviation and row length as divisors (Dr. GRPO, arXiv 2503.20783): one blows up groups in
   which hardly anything differs, the other lets long failures off lightly. Recipes can ask for both.
 
-    training_exams       the step's papers, each in one of the orders, and the step's budget
-    roll_out             every exam sat several times by the model as it is: one table
-    problem_rewards      what each problem of each rollout earned; exam_rewards adds them up
-    advantages           reward minus the mean of its group
-    policy_loss          policy gradient with a constant length normaliser
-    completion_logprobs  how probable the model finds its own responses, with gradient
-    batch_gradient       the gradient of the loss, group by group (group_gradient)
-    train_step           all of it, once; `training.rarl` repeats it, `training.trl` goes by TRL
+    training_exams, roll_out             the step's papers, each sat several times by the model
+    problem_rewards, exam_rewards        what each problem of each rollout earned, and their sum
+    advantages, policy_loss              reward minus the group's mean; policy gradient
+    completion_logprobs, batch_gradient  how probable the model finds its responses; the gradient
+    train_step                           all of it, once (`training.rarl` repeats it)
 
-No random state has to be saved: papers and sampling streams follow from (seed, step), so a run
-that was killed continues as if it had not been. Notebook 05.
+No random state has to be saved: papers and sampling streams follow from (seed, step). Notebook 05.
 """
 
 import math
@@ -56,8 +52,7 @@ def roll_out(env: Environment, engine: Engine, exams: Sequence[Exam], budget: in
     """Sit every exam `recipe.rollouts` times under `budget` tokens: `sitting`'s table + `reward`.
 
     `numbers`: which of the step's exams these are, if not all; random numbers follow from them.
-    `FloatingPointError`: the model gave NaN or infinite logits; names the step.
-    """
+    `FloatingPointError`: the model gave NaN or infinite logits; names the step."""
     try:
         table = sit(env, engine, exams, budget, recipe.rollouts, STYLE, recipe.temperature,
                     step_seed(recipe, step), numbers and [(i,) for i in numbers])
@@ -74,8 +69,7 @@ def problem_rewards(table: pd.DataFrame, variant="level", skip_bonus: float = 0.
     `level`: 1 if the answer is right and the predicted level is that of the real cost (in tokens,
     header and tag included), else 0; so a skip earns nothing. `answer`: without the condition on
     the level. `skip_bonus`: as `level`, and `skip_bonus` for a right skip, which is Level-3 and NA
-    where no rollout of the exam solved the problem: one rollout alone cannot know.
-    """
+    where no rollout of the exam solved the problem: one rollout alone cannot know."""
     right_level = table["predicted"] == table["real"]
     reward = (table["correct"] & (right_level | (variant == "answer"))).astype(float)
     if variant == "skip_bonus":
@@ -94,8 +88,7 @@ def advantages(rewards: torch.Tensor, scale: str = "none") -> torch.Tensor:
     """How much better than its group each rollout did; both [exams, rollouts].
 
     Dr. GRPO: A = R - mean. With `scale` "std" as in GRPO: also divided by the group's standard
-    deviation. A reward of NaN counts in no mean, and its advantage is 0.
-    """
+    deviation. A reward of NaN counts in no mean, and its advantage is 0."""
     count = (~rewards.isnan()).sum(1, keepdim=True)
     centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
     if scale == "none":
@@ -110,8 +103,7 @@ def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Te
 
     `logprobs` are of the response tokens, and `mask` is 1 for each (padding: 0), [rows, length];
     `longest` is the largest budget in tokens, the constant of Dr. GRPO. With `normalizer` "length",
-    GRPO's own, each row's sum is divided by its length instead.
-    """
+    GRPO's own, each row's sum is divided by its length instead."""
     ratio = torch.exp(logprobs - logprobs.detach())  # 1, with the gradient of the logarithm
     sums = (ratio * mask).sum(1)
     lengths = longest if normalizer == "constant" else mask.sum(1).clamp(min=1)
@@ -123,8 +115,7 @@ def completion_logprobs(model, prompt: torch.Tensor, ids: torch.Tensor,
     """Log-probability of each response token, and entropy there in nats; both [rows, length].
 
     The prompt is computed once: its keys and values are repeated for the rows, with gradient.
-    `ids`, [rows, length], are padded on the right, where causal attention does not look.
-    """
+    `ids`, [rows, length], are padded on the right, where causal attention does not look."""
     out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
     logits = out.logits.expand(len(ids), -1, -1)
     if ids.shape[1] > 1:
@@ -171,8 +162,7 @@ def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0
     """Put the gradient of the loss of a table of rollouts into `.grad`.
 
     Returns `loss`; `no_spread`, the share of groups without spread, which have no advantage and
-    are left out; `entropy` of the others, in nats a token (NaN: there are none).
-    """
+    are left out; `entropy` of the others, in nats a token (NaN: there are none)."""
     model.zero_grad(set_to_none=True)
     rewards, loss, entropies = exam_rewards(table), 0.0, []
     weights = advantages(rewards, recipe.scale)
@@ -194,8 +184,7 @@ def train_step(env: Environment, model, engine: Engine, optimizer, recipe: RARLR
     """One step, from 0: rollouts, rewards, advantages, one update (none without any spread).
 
     `engine` samples from `model` as it is now. Returns the rollouts; and what `batch_gradient`
-    returns, with `grad_norm` before clipping. `FloatingPointError`: NaN or infinite gradients.
-    """
+    returns, with `grad_norm` before clipping. `FloatingPointError`: NaN or infinite gradients."""
     exams, budget = training_exams(env.world, recipe, step, pool)
     table = roll_out(env, engine, exams, budget, recipe, step)
     learned = batch_gradient(model, table, recipe, step)

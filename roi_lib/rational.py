@@ -1,8 +1,7 @@
 """The rational test-taker: what perfect allocation would make of a model's own abilities.
 
-    sample_outcomes    what attempts at single problems cost and earned
-    rational_bounds    the exact solution of every paper, order and budget: one table
-    decision_losses    what it costs to skip, and to try, with so many tokens left
+`sample_outcomes` tries single problems, `rational_bounds` solves every paper exactly in every order
+and under every budget, and `decision_losses` says what it costs to skip, and to try.
 
 It may *solve* a problem (one of K attempts of the model, by chance) or *skip* it, in the order of
 the paper, knowing what is left of the budget: OS-MCKP with two actions a class. With finitely many
@@ -104,8 +103,7 @@ def rational_bounds(outcomes: Outcomes, places: Mapping[str, np.ndarray], budget
     Columns: achievable, plug_in, by_family, hindsight (see the module); of the achievable side, by
     position, accuracy_1 ..., skipped_1 ... and tokens_1 .... `places`: order -> which of the
     paper's problems stands at each position, [papers, problems]. One backward induction under the
-    largest budget holds the policies of all smaller ones.
-    """
+    largest budget holds the policies of all smaller ones."""
     attempts, skip, top = outcomes.cost.shape[2], outcomes.skip, max(budgets)
     check_samples(attempts, folds)
     fold = np.arange(attempts) % folds
@@ -179,8 +177,7 @@ def decision_losses(outcomes: Outcomes, place: np.ndarray, budget: int) -> np.nd
 
     The last but one axis is the tokens left. A loss is V_i(b) - Q_i(action, b), for a test-taker
     who goes by all attempts: 0 for the better action. The losses of an exam's decisions add up, in
-    expectation, to V* - Score (the performance-difference lemma; Kakade and Langford, 2002).
-    """
+    expectation, to V* - Score (the performance-difference lemma; Kakade and Langford, 2002)."""
     every, losses = np.ones(outcomes.cost.shape[2], bool), []
     for solution in solve_in_order(outcomes.classes(every), place, budget):
         value = solution.value_function

@@ -1,10 +1,7 @@
 """Sitting exams: prompt, generate under the budget, parse, grade; all of it in one table.
 
-    sit          exams through an engine, the parser and the grader
-    tabulate     the same for responses that exist already
-    points       problems solved, one number a response
-
-The table is a pandas DataFrame with a row a problem sat, from which everything else is read:
+`sit` sends exams through an engine, the parser and the grader, `tabulate` responses that exist
+already. Everything else is read from their table, a pandas DataFrame with a row a problem sat:
 
     exam, rollout, position    which exam of the call, which response to it, which problem (from 1)
     problem, tier, family      id, tier and family of the problem
@@ -46,8 +43,7 @@ def sit(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int, n:
 
     Raises:
         ValueError: no exams, or a budget smaller than a header with a tag.
-        FloatingPointError: the model gave NaN or infinite logits.
-    """
+        FloatingPointError: the model gave NaN or infinite logits."""
     if not exams:
         raise ValueError("there are no exams to sit")
     env.check_budget(cap or budget)

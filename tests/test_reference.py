@@ -11,7 +11,6 @@ from hashlib import sha256
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT
 
 from roi_lib import mft, rarl
@@ -28,15 +27,6 @@ REFERENCE = json.loads((ROOT / "tests/reference.json").read_text())
 
 def digest(content) -> str:
     return sha256(json.dumps(content).encode()).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums are rounded alike only with as many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_tokens_and_records_of_24_papers():

@@ -8,8 +8,6 @@ from roi_lib.engines import EngineConfig
 from roi_lib.experiments.sweeps import run_sweep, settings
 from roi_lib.worlds import PAPER, POCKET, TIERS
 
-SMALL = replace(POCKET, budgets=(24, 48))
-
 
 def test_settings(refusal):
     for world in (POCKET, PAPER):
@@ -24,10 +22,11 @@ def test_settings(refusal):
 
 
 def test_rows_and_a_sweep_that_goes_on_from_its_logs(tmp_path):
-    table = run_sweep(SMALL, "problems", ["replay"], 4)
+    small = replace(POCKET, budgets=(24, 48))
+    table = run_sweep(small, "problems", ["replay"], 4)
     assert table["x"].tolist() == table["n_problems"].tolist() == sorted([2, 3, 4, 5, 6] * 3)
     assert set(table["sweep"]) == {"problems"} and table["tiers"].nunique() == 5
-    first, again = (run_sweep(SMALL, "budget", ["base", "rational"], 2, engine=EngineConfig(
+    first, again = (run_sweep(small, "budget", ["base", "rational"], 2, engine=EngineConfig(
         name, log=tmp_path)) for name in ("torch", "replay"))
     pd.testing.assert_frame_equal(first, again)
     assert set(first["budget"]) == set(first["x"]) == {12, 18, 24, 30, 36, 48, 60, 72}

@@ -34,14 +34,12 @@ def test_records_compare_with_the_first_method_and_with_the_bound(sat):
     own = {cell: per_exam(some)["points"].mean()
            for cell, some in results.table.groupby(CELL, sort=False)}
     for budget, order in [(b, o) for b in (32, 64) for o in ORDERS]:
-        base, best = at.loc[("base", budget, order)], at.loc[("rational", budget, order)]
+        base, best = (at.loc[(name, budget, order)] for name in ("base", "rational"))
         bound = results.bounds.loc[("rational", budget, order)].mean()
         assert base["score"] == own["base", budget, order]
         assert base["difference"] == pytest.approx(base["score"] - own["replay", budget, order])
         assert best["score"] == base["rational"] == pytest.approx(bound["achievable"])
         assert best["plug_in"] == base["rational_plug_in"] == pytest.approx(bound["plug_in"])
-        assert base["lost_to_allocation"] == pytest.approx(bound["achievable"] - base["score"])
-        assert best["tokens"] == pytest.approx(bound.filter(like="tokens_").sum())
         number = "{score:.3f} [{score_low:.3f},{score_high:.3f}]".format(**base)
         assert number in table.show_order(records, order) and number in table.show_details(records)
 

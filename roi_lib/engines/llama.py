@@ -1,8 +1,7 @@
 """Faster decoding for models built like Llama (Llama and Qwen2): same tokens, same interface.
 
 A decoding step of a small model is bound by memory: it reads the keys and values of everything
-before, in each layer. What makes it fast is what need not be read, copied or allocated.
-"""
+before, in each layer. What makes it fast is what need not be read, copied or allocated."""
 
 from collections.abc import Callable, Sequence
 
@@ -79,8 +78,7 @@ class LlamaDecoder:
       group, and nobody looks at its result.
     - The responses' keys and values, [heads, slots, tokens, head_dim], have hidden room for a few
       tokens more, and are copied where it is used up. A buffer of the final size has long gaps:
-      once it exceeds the processor's caches, reading across these costs more than the copies.
-    """
+      once it exceeds the processor's caches, reading across these costs more than the copies."""
 
     READ_TOKENS = 2_048  # prompt tokens read at a time: few enough for a processor's caches
     SLOTS_PER_ROW = 1.125  # slots are at most this many times the rows

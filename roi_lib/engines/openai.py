@@ -44,8 +44,7 @@ class OpenAIEngine(Engine):
     is exact. `api="chat"` is for servers that take messages and give text (GPT-4o-mini, DeepSeek):
     the text is encoded once with the world's tokenizer, and *these* ids are charged, so that every
     method pays in the same coin; `usage` has the server's own count, and where that is above the
-    budget, the excess is flagged as overrun. `ValueError`: unknown api, no API key, bad address.
-    """
+    budget, the excess is flagged as overrun. `ValueError`: unknown api, no API key, bad address."""
 
     def __init__(
         self, model: str,  # the name under which the server knows it

@@ -1,8 +1,4 @@
-"""What each choice of RARL is worth: the same recipe with one thing changed, all in one table.
-
-`ablate` runs the variants of `ABLATIONS` side by side; `write_seeds` puts checkpoints of several
-seeds into a table of the same form.
-"""
+"""What each choice of RARL is worth: the same recipe with one thing changed, all in one table."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -27,8 +23,8 @@ from roi_lib.worlds import RARLRecipe, World, check_choice
 ABLATIONS = {
     "mft": ("the start of the other runs", None, "mft"),
     "reference": ("the recipe as it is", lambda r: {}, "mft"),
-    "from_base": ("without MFT no response has a tag, so none earns anything", lambda r: {},
-                  "base"),
+    "from_base": ("without MFT no response has a tag, so none earns anything",
+                  lambda r: {}, "base"),
     "answer_only": ("without the condition on the level, tags are free to drift",
                     lambda r: {"reward": "answer"}, "mft"),
     "skip_bonus": ("a small reward for a right skip", lambda r: {"reward": "skip_bonus"}, "mft"),
@@ -52,8 +48,7 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
     (_, change, start), folder = ABLATIONS[name], work / name
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, found, steps = world.method(start).checkpoint, "", 0
-    with (folder / "output.txt").open("a", buffering=1) as out, redirect_stdout(out), \
-            redirect_stderr(out):
+    with open(folder / "output.txt", "a", 1) as out, redirect_stdout(out), redirect_stderr(out):
         env, model = load_environment(world, checkpoint), load_model(checkpoint, "float32")
         if change is not None:
             model = train(env, model, replace(recipe, **change(recipe)), folder, pools[0])
@@ -66,20 +61,17 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
            pools: tuple = (None, None)) -> pd.DataFrame:
-    """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each.
-
-    `work` is what the runs keep: the same command goes on where it stopped. The table goes to
-    `out`, TABLE.csv, and the logs become TABLE/NAME.csv. `pools`: problems to train on, and to be
-    measured on. `ValueError`: unknown name, or a variant that failed, once the others are done.
-    """
+    """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each; the same
+    command goes on in `work` where it stopped. The table goes to `out`, TABLE.csv, and the logs
+    become TABLE/NAME.csv. `pools`: problems to train on, and to be measured on. `ValueError`:
+    unknown name, or a variant that failed, once the others are done."""
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
         runs = {name: executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
                                       pools) for name in names}
-        for _ in tqdm(as_completed(runs.values()), "variants", len(runs)):
-            pass
+        list(tqdm(as_completed(runs.values()), "variants", len(runs)))  # waits, with a bar
     failed = {name: run.exception() for name, run in runs.items() if run.exception()}
     if done := [name for name in runs if name not in failed]:
         table = write_table(out, (runs[name].result() for name in done), {

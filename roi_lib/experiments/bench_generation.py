@@ -1,9 +1,7 @@
 """Times the torch engine beside transformers' `generate` and vLLM, on the same exam rollouts.
 
-The work is that of a training step, 16 papers in the hard order with 16 rollouts each, sampled at
-temperature 1 by the pocket model in float32; then 256 papers with one rollout each, so that no
-prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike.
-"""
+As in a training step, 16 papers have 16 rollouts each; then 256 papers have one each, so that no
+prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

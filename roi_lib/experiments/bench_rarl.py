@@ -1,9 +1,8 @@
 """Times a step of our trainer beside one of TRL's GRPOTrainer, on the same exams.
 
-A step is 16 exams x 16 rollouts under B=64 and one update, from the pocket model in float32: with
-TRL's own generation, with our rollouts (`training.trl`), and by `rarl.train_step`. They take turns,
-so that a busy machine hurts all alike; medians are over the steps, without the first of each turn.
-"""
+A step is 16 exams x 16 rollouts under B=64 and one update in float32: by TRL alone, by TRL with our
+rollouts (`training.trl`), and by `rarl.train_step`. They take turns, so that a busy machine hurts
+all alike; medians are over the steps, without the first of each turn."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

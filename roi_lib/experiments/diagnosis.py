@@ -1,9 +1,8 @@
 """Why does nothing move? The known causes of "reward 0, loss 0, no progress", read off a log.
 
-On policy the *value* of the loss says nothing (0 where all responses are equally long), so it is
-not even logged. Other columns (see `training.rarl.COLUMNS`) say what is wrong: the means of the
-first and the last rows of a log are compared. Thresholds are rules of thumb for groups of 8 to 32.
-"""
+On policy the *value* of the loss says nothing, and is not even logged. Other columns (see
+`training.rarl.COLUMNS`) say what is wrong: the means of the first and the last rows are compared.
+Thresholds are rules of thumb for groups of 8 to 32."""
 
 from collections import namedtuple
 from collections.abc import Sequence

@@ -1,14 +1,9 @@
-"""Methods: who takes the exams (`Comparison`, `run_methods`), and what comes back (`Results`).
-
-Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone; a
-level stands for a cost; the cheapest problems are chosen while the sum fits the budget, and sat.
-"""
+"""Methods: who takes the exams (`Comparison`, `run_methods`), and what comes back (`Results`)."""
 
 import os
 from collections import ChainMap
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -34,7 +29,6 @@ from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
 @dataclass(frozen=True)
 class Comparison:
     """What the methods of one comparison share."""
-
     world: World
     papers: Sequence[Sequence[Problem]]  # each a sequence of problems, whatever their order
     seed: int = 0  # of medium orders and of sampling
@@ -60,16 +54,14 @@ class Comparison:
         if self.model or own is None:
             return self.model
         if locate(own) is None and "/" not in own:
-            raise CheckpointError(f"method {name!r} needs the checkpoint data/{own}, which is not "
-                                  "there: make it (see python -m roi_lib train --help), or leave "
-                                  "the method out")
+            raise CheckpointError(f"method {name!r} needs the checkpoint data/{own}: make it (see "
+                                  "python -m roi_lib train --help), or leave the method out")
         return own
 
 
 @dataclass
 class Results:
     """What came back, of one method or of many."""
-
     table: pd.DataFrame  # `sitting`'s table without prompts, and with a column `method`
     bounds: pd.DataFrame  # `rational_bounds`, with `method` in front of its index
     outcomes: Outcomes | None = None  # the attempts behind the bounds, without tags
@@ -105,8 +97,7 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
     checkpoint = comparison.checkpoint(name)
     chat = config.name == "openai" and config.options.get("api") == "chat"  # charged as the world's
     env = load_environment(world, None if chat else checkpoint, comparison.tokenizer)
-    for budget in budgets:
-        env.check_budget(budget)
+    env.check_budget(min(budgets))
     if method.checkpoint is None:
         exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
         engine = reference_engine(env, exams, budgets, method.style)
@@ -147,12 +138,11 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
             running = {i: pool.submit(run_method, comparison, *jobs[i])
                        for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
             wait(running.values(), return_when=FIRST_EXCEPTION)
-            begun = [i for i, future in running.items() if not future.cancel()]
-            results = {i: running[i].result() for i in begun}
-    except BrokenProcessPool as error:
+            begun = {i: future for i, future in running.items() if not future.cancel()}
+            return Results.join([begun[i].result() for i in sorted(begun)])
+    except BrokenExecutor as error:
         raise ChildProcessError("a worker process was ended from outside, perhaps for lack of "
                                 "memory; try --workers 1") from error
-    return Results.join([results[i] for i in range(len(jobs))])
 
 
 def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -> int:
@@ -186,8 +176,10 @@ def run_rational(comparison: Comparison, name: str, env: Environment, engine: En
 
 def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,
                  budget: int) -> tuple[pd.DataFrame, dict]:
-    """Predict, choose, sit what was chosen. A method that is `charged` pays for its prediction:
-    every problem alone, its prompt with the exam's budget, no further than a header with a tag."""
+    """Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone
+    (its prompt with the exam's budget, decoded no further than a header with a tag); a level stands
+    for a cost; the cheapest problems are chosen while the sum fits the budget, and sat. A method
+    that is `charged` pays for its prediction."""
     take = partial(sit, env, engine, style=method.style, temperature=comparison.temperature,
                    seed=comparison.seed)
     shape = len(comparison.papers), len(comparison.papers[0])

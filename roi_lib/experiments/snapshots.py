@@ -1,8 +1,4 @@
-"""The moment at which a run of RARL learns to skip: the models it kept, side by side.
-
-`snapshot_report` looks at one exam, how probable a skip is at its opening, and what becomes of the
-hard problems of many exams, for every model that a run kept (`RARLRecipe.snapshots`).
-"""
+"""The moment at which a run of RARL learns to skip: the models it kept, side by side."""
 
 import json
 from collections.abc import Sequence
@@ -82,17 +78,16 @@ def hard_problems(table: pd.DataFrame) -> list[dict]:
 
 def snapshot_report(world: World, works: Sequence[Path], n_papers: int, seed: int,
                     pool: Sequence[Problem] | None = None) -> dict:
-    """One exam, decoded greedily, and the hard problems of many, at temperature 1 in all orders
-    under all budgets, for every model that a run kept; JSON-ready. `index` is the exam's place
-    among the `n_papers` unseen papers of `seed`."""
+    """For every model that a run kept (`RARLRecipe.snapshots`): one exam, decoded greedily, how
+    probable a skip is at its opening, and what becomes of the hard problems of `n_papers` unseen
+    papers, at temperature 1 in all orders under all budgets; JSON-ready."""
     env, papers = load_environment(world), draw_papers(world, n_papers, seed=seed, pool=pool)
-    smallest, steps, exam = min(world.budgets), [], None
+    smallest, steps, index = min(world.budgets), [], None
     for step, folder in tqdm(find_snapshots(works).items(), "snapshots"):
         model = load_model(str(folder), world.dtype)
         engine = engine_for(model, env.tokenizer)
-        if exam is None:
-            index = find_example(env, engine, papers)
-            (exam,) = in_orders([papers[index]], ["hard"], seed)
+        index = find_example(env, engine, papers) if index is None else index
+        (exam,) = in_orders([papers[index]], ["hard"], seed)
         shown = sit(env, engine, [exam], smallest, style=STYLE, temperature=0.0)
         shown["reward"] = problem_rewards(shown)
         hard = [{"budget": budget} | row for budget in world.budgets for row in hard_problems(

@@ -1,9 +1,7 @@
 """What the real datasets look like, in counts, lengths and ids: the file that notebook 02 reads.
 
-    python -m roi_lib.experiments.statistics ROOT data/exam-statistics.json
-
-Lengths are tokens of `data/gsm8k-bpe`, more than of Qwen2.5's tokenizer, most of all for LaTeX.
-"""
+Lengths are tokens of `data/gsm8k-bpe`, more than of Qwen2.5's tokenizer, most of all for LaTeX. It
+is made by `python -m roi_lib.experiments.statistics ROOT data/exam-statistics.json`."""
 
 import sys
 from collections import Counter
@@ -47,10 +45,10 @@ def statistics(root: Path) -> dict:
     tokenizer, sources = load_tokenizer(PAPER.tokenizer), {}
     for tier, (family,) in PAPER.families.items():
         loaded = {split: load_source(family, tier, split, root) for split in SPLITS}
+        own = {split: {"id": DATASETS[family, split].id} | describe(tokenizer, *loaded[split])
+               for split in SPLITS}
         overlaps = find_overlaps(loaded["train"][0], loaded["test"][0])
-        sources[family] = {"tier": tier, "overlaps": [list(o) for o in overlaps]} | {
-            split: {"id": DATASETS[family, split].id} | describe(tokenizer, *loaded[split])
-            for split in SPLITS}
+        sources[family] = {"tier": tier, "overlaps": overlaps} | own
     return {"tokenizer": PAPER.tokenizer, "percentiles": list(PERCENTILES),
             "level_edges": list(PAPER.level_edges), "near": NEAR, "sources": sources}
 

@@ -1,12 +1,7 @@
-"""Sweeps: how Score and Regret change with one thing, all else as in the main table.
-
-Each setting draws its papers, lets the methods sit them in every order, and gives the records of
-`table.make_records` with three more columns: sweep, x (the setting) and tiers.
-"""
+"""Sweeps: how Score and Regret change with one thing, all else as in the main table."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle, islice
 
 import pandas as pd
 
@@ -18,8 +13,7 @@ from roi_lib.problems import Problem
 from roi_lib.worlds import TIERS, World, check_choice
 
 BUDGET_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5)  # of the world's largest budget
-#: A paper of n problems holds the first n of these, in turn: none is without a hard one.
-TIERS_IN_TURN = ("easy", "hard", "medium")
+TIERS_IN_TURN = ("easy", "hard", "medium") * 2  # a paper of n problems holds the first n
 MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium", "hard"),
          ("medium", "medium", "hard"), ("easy", "hard", "hard"), ("medium", "hard", "hard"))
 
@@ -30,8 +24,7 @@ def settings(world: World, sweep: str) -> list[tuple]:
     top = max(world.budgets)
     sweeps = {
         "budget": [(None, TIERS, tuple(round(share * top) for share in BUDGET_SHARES), 1.0)],
-        "problems": [(n, tuple(islice(cycle(TIERS_IN_TURN), n)), (round(top * n / 3),), 1.0)
-                     for n in (2, 3, 4, 5, 6)],
+        "problems": [(n, TIERS_IN_TURN[:n], (round(top * n / 3),), 1.0) for n in (2, 3, 4, 5, 6)],
         "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
         "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
     check_choice("sweep", sweep, sweeps)
@@ -41,7 +34,8 @@ def settings(world: World, sweep: str) -> list[tuple]:
 def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
               pool: Sequence[Problem] | None = None, engine: EngineConfig = Comparison.engine,
               workers: int | None = None) -> pd.DataFrame:
-    """The records of all settings of a sweep; each setting has a log folder of its own."""
+    """All settings of a sweep, each with its papers and its log folder: `table.make_records` with
+    three more columns, sweep, x (the setting) and tiers."""
     tables = []
     for i, (x, tiers, budgets, temperature) in enumerate(settings(world, sweep)):
         papers = draw_papers(world, n_exams, seed=seed, pool=pool, tiers=tiers)

@@ -2,8 +2,7 @@
 
 A folder of `exam --save` holds papers.json (`store.papers`), records.csv (`make_records`), tables
 of `sitting` as METHOD.parquet (token ids of the first papers only), and of the rational test-taker
-bounds.parquet (`rational_bounds`) and outcomes.parquet (a row an attempt).
-"""
+bounds.parquet (`rational_bounds`) and outcomes.parquet (a row an attempt)."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from roi_lib.store.papers import make_paper_list
 
 TRACED = 300  # papers whose responses are kept token by token
 CELL, ATTEMPT = ["method", "budget", "order"], ["exam", "problem", "attempt"]
+LOSSES = ["optimality_gap", "lost_to_order", "lost_to_allocation"]
 
 
 def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
@@ -96,8 +96,7 @@ def show_details(records: pd.DataFrame) -> str:
     methods differ from the first one. Every number with its 95 % interval."""
     positions = [c for c in records.columns if c.removeprefix("accuracy_").isdigit()]
     texts = []
-    for names in (["score", "regret"], positions, [
-            "optimality_gap", "lost_to_order", "lost_to_allocation"], ["difference"]):
+    for names in (["score", "regret"], positions, LOSSES, ["difference"]):
         if set(names) <= set(records):
             rows = records.dropna(subset=names)
             block = rows[CELL].assign(**{name: with_brackets(rows, name) for name in names})
@@ -148,7 +147,7 @@ def load_outcomes(folder: Path) -> Outcomes:
     """The attempts that the bounds follow from, without tags."""
     rows = load_rollouts(folder, "outcomes")
     shape = tuple(rows[ATTEMPT].max() + 1)
-    cost, correct, family = (rows[c].to_numpy().reshape(shape)
-                             for c in ("cost", "correct", "family"))
-    return Outcomes(cost, correct, family[..., 0].astype(str),
-                    *map(int, rows.loc[0, ["skip", "tag"]]))
+    cost, correct, family = (rows[name].to_numpy().reshape(shape)
+                             for name in ("cost", "correct", "family"))
+    skip, tag = map(int, rows.loc[0, ["skip", "tag"]])
+    return Outcomes(cost, correct, family[..., 0].astype(str), skip, tag)

@@ -1,8 +1,7 @@
 """Checkpoints: models and tokenizers by name, and the state of a training run.
 
 A name is a folder, a name below `data/`, or a hub id, which `@` pins to a commit or a tag. Weights
-are safetensors, never a pickle, and no code of a model is run. `CheckpointError`: not to be had.
-"""
+are safetensors, never a pickle, and no code of a model is run. `CheckpointError`: not to be had."""
 
 import hashlib
 import re

@@ -1,8 +1,7 @@
 """Files and folders that are whole or not there, and never cost anybody a file.
 
 A folder is filled beside its place, given a manifest (sizes, SHA-256 hashes) as its last file, and
-renamed: a killed run leaves the earlier one. Only what is as its manifest says is ever replaced.
-"""
+renamed: a killed run leaves the earlier one. Only what is as its manifest says is ever replaced."""
 
 import hashlib
 import json

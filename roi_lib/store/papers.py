@@ -1,8 +1,7 @@
 """Lists of papers as small JSON files, so that others can take the very same exams.
 
 A list holds ids and seeds, never a text. Generated problems are drawn again, others looked up in a
-pool; either way the statements must be the same: a copy of a dataset may be numbered otherwise.
-"""
+pool; either way the statements must be the same: a copy of a dataset may be numbered otherwise."""
 
 import hashlib
 from collections.abc import Sequence

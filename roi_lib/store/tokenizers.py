@@ -1,8 +1,7 @@
 """Tokenizers made here: the pocket world's own, and a stand-in for the paper's world.
 
 The pocket tokenizer knows whole words, numbers up to 99 and tags as one token each. Transformers,
-vLLM and TRL load it unchanged; its decoder puts the spaces back, so that text round-trips.
-"""
+vLLM and TRL load it unchanged; its decoder puts the spaces back, so that text round-trips."""
 
 from collections.abc import Iterable
 from pathlib import Path

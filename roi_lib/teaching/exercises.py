@@ -2,8 +2,7 @@
 
 The truth is worked out by the library on random cases, so there is no solution to read here. An
 exercise is a case maker (rng, number) -> (the function's arguments, truth) under `cases`, or a
-checker (answer) -> None (right) or a hint (wrong) under `exercise`. "03.1" is of notebook 03.
-"""
+checker (answer) -> None (right) or a hint (wrong) under `exercise`. "03.1" is of notebook 03."""
 
 from copy import deepcopy
 from dataclasses import replace

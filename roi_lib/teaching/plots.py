@@ -2,8 +2,7 @@
 
 Each function draws a new Figure and returns it. Colors are Okabe and Ito's, which color-blind
 readers can tell apart; hatches, markers and line styles tell the same in greyscale. Records are
-DataFrames or lists of rows; a table is `sitting`'s, with a column `method`.
-"""
+DataFrames or lists of rows; a table is `sitting`'s, with a column `method`."""
 
 from html import escape
 from itertools import cycle, pairwise
