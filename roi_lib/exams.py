@@ -102,10 +102,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Response:
-    """A response cut into segments: `preamble + sum(costs) == total`, all in tokens.
-
-    What follows a header that goes back to a problem already left is charged to it, but never read
-    for an answer: no revisiting."""
+    """A response cut into segments: `preamble + sum(costs) == total`, all in tokens. What follows a
+    header that goes back to a problem already left is charged to it, but never read."""
 
     segments: tuple[Segment, ...]  # one a problem, in the order of the paper
     preamble: int  # tokens before the first header (a plan, an assessment)
@@ -147,9 +145,8 @@ class Environment:
                               split_special_tokens=True).input_ids if texts else []
 
     def message(self, exam: Exam, budget: int, style: str = "direct") -> str:
-        """The user message of an exam: instruction with the budget in tokens, then the statements.
-
-        White space in a statement is folded, and what no encoding knows becomes `?`."""
+        """The user message of an exam: instruction with the budget in tokens, then the statements
+        (white space folded; what no encoding knows is `?`)."""
         check_choice("style", style, self.world.prompts)
         if not exam.problems:
             raise ValueError("an exam needs at least one problem")
@@ -168,10 +165,8 @@ class Environment:
         return before, after
 
     def prompts(self, messages: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of user messages in the chat template, ready for generation.
-
-        The template is encoded with its control tokens, the messages without: a statement that
-        holds `<|im_end|>` stays plain text."""
+        """Token ids of user messages in the chat template, ready for generation. The template has
+        its control tokens, the messages none: a statement's `<|im_end|>` stays plain text."""
         before, after = self._template
         return [tuple(before + ids + after) for ids in self.encode_data(messages)]
 
