@@ -200,9 +200,8 @@ def snapshots(out: Path, work: tuple[Path, ...] = (Path("runs/rarl"),), world: s
     Example: python -m roi_lib snapshots --work runs/rarl --out snapshots.json"""
     from roi_lib.experiments.snapshots import snapshot_report
     check_writable(out=out)
-    place = get_world(world)
-    pool = sources.load_pool(place, "test", data)
-    files.write_json(out, snapshot_report(place, work, papers, seed, pool))
+    pool = sources.load_pool(get_world(world), "test", data)
+    files.write_json(out, snapshot_report(get_world(world), work, papers, seed, pool))
 
 
 def doctor() -> None:

@@ -278,7 +278,8 @@ for up to 1024. If it is not worth its tokens, write \
     tokenizer="gsm8k-bpe",
     dtype="auto",
     table_dtype="auto",
-    methods=standard_methods("Qwen/Qwen2.5-1.5B-Instruct", "paper-mft", "paper-rarl"),
+    methods=standard_methods("Qwen/Qwen2.5-1.5B-Instruct@989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
+                             "paper-mft", "paper-rarl"),
     mft=MFTRecipe(
         problems=3_000, samples=8, target="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
         mix=(1.0, 1.0, 1.0), rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,

@@ -11,36 +11,33 @@ from roi_lib.worlds import ORDERS, POCKET, Method
 
 
 def test_each_variant_changes_what_it_says():
-    recipe, differs = POCKET.rarl, {}
+    recipe, differs = asdict(POCKET.rarl), {}
     for name, (_, change, _) in ABLATIONS.items():
-        variant = asdict(replace(recipe, **change(recipe) if change else {}))
-        differs[name] = {k: v for k, v in variant.items() if asdict(recipe)[k] != v}
-    assert differs == {
-        "mft": {}, "reference": {}, "from_base": {}, "answer_only": {"reward": "answer"},
-        "skip_bonus": {"reward": "skip_bonus"}, "grpo": {"scale": "std", "normalizer": "length"},
-        "high_rate": {"learning_rate": 2e-3}, "single_budget": {"budgets": (64,)}}
-    assert [name for name, (_, _, start) in ABLATIONS.items() if start != "mft"] == ["from_base"]
+        variant = asdict(replace(POCKET.rarl, **change(POCKET.rarl) if change else {}))
+        differs[name] = " ".join(key for key in recipe if variant[key] != recipe[key])
+    assert differs == {"mft": "", "reference": "", "from_base": "", "answer_only": "reward",
+                       "skip_bonus": "reward", "grpo": "scale normalizer",
+                       "high_rate": "learning_rate", "single_budget": "budgets"}
 
 
 def test_a_run_its_continuation_and_a_variant_that_fails(tokenizer, tmp_path, refusal):
     tiny_model(tokenizer).float().save_pretrained(tmp_path / "tiny")
     tiny, broken = (Method(name, "roi") for name in (str(tmp_path / "tiny"), "no-such-folder"))
     world, work = replace(POCKET, methods={"mft": tiny, "base": tiny}), tmp_path / "work"
-    out, arguments = tmp_path / "table.csv", (["mft", "from_base"], 4)
-    rows = ablate(world, replace(SMALL_RARL, steps=2), work, out, *arguments)
+    out, names = tmp_path / "table.csv", ["mft", "from_base"]
+    arguments = replace(SMALL_RARL, steps=2), work, out, names, 4
+    ablate(world, *arguments)
     table = pd.read_csv(out, keep_default_na=False)
     assert list(table) == COLUMNS and table["steps"].tolist() == [0] * 6 + [2] * 6
-    assert list(zip(rows["variant"], rows["budget"], rows["order"], strict=True)) == [
-        (name, b, order) for name in arguments[0] for b in (64, 128) for order in ORDERS]
+    assert table[["variant", "budget", "order"]].to_numpy().tolist() == [
+        [name, budget, order] for name in names for budget in (64, 128) for order in ORDERS]
     # without MFT nothing is earned, and the diagnosis says why
     assert table["diagnosis"].str.contains("level never right").tolist() == [False] * 6 + [True] * 6
     assert [path.name for path in (tmp_path / "table").iterdir()] == ["from_base.csv"]
     kept = {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")}
     world = replace(world, methods={"mft": broken, "base": tiny})
-    told = refusal(ablate, world, replace(SMALL_RARL, steps=2), work, out, *arguments)
-    assert "mft failed" in told and "run the same command again" in told
-    again = pd.read_csv(out, keep_default_na=False)
-    pd.testing.assert_frame_equal(again, table[6:].reset_index(drop=True))
+    assert "run the same command again" in refusal(ablate, world, *arguments)
+    assert pd.read_csv(out, keep_default_na=False).equals(table[6:].reset_index(drop=True))
     assert kept and {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")} == kept
 
 

@@ -8,6 +8,7 @@ from roi_lib.experiments.diagnosis import diagnose, report
 from roi_lib.store.files import DATA
 from roi_lib.training.rarl import COLUMNS
 
+NAN = float("nan")
 HEALTHY = {"step": (1, 40), "budget": 64, "reward": (0.6, 1.1), "score": (0.7, 1.15),
            "skip_easy": 0.0, "skip_medium": (0.0, 0.02), "skip_hard": (0.2, 0.9),
            "level_accuracy": (0.7, 0.95), "accuracy": (0.93, 0.95), "tokens": (63, 55),
@@ -17,28 +18,22 @@ HEALTHY = {"step": (1, 40), "budget": 64, "reward": (0.6, 1.1), "score": (0.7, 1
 
 @pytest.fixture
 def log(tmp_path):
-    """A log whose columns reach a second value half-way, or stay, or stay empty (None)."""
+    """A log whose columns reach a second value half-way, or stay, or stay empty (NaN)."""
     def write(rows=40, **changes):
-        half, table = np.minimum(1, 2 * np.arange(rows) / max(rows, 1)), {}
-        for name, value in (HEALTHY | changes).items():
-            start, end = value if isinstance(value, tuple) else (value, value)
-            table[name] = [None] * rows if value is None else start + (end - start) * half
-        pd.DataFrame(table)[list(COLUMNS)].to_csv(tmp_path / "log.csv", index=False)
+        ends = pd.DataFrame(HEALTHY | changes)[list(COLUMNS)].to_numpy(float)
+        half = np.minimum(1, 2 * np.arange(rows) / rows)[:, None]
+        table = pd.DataFrame(ends[0] + (ends[1] - ends[0]) * half, columns=list(COLUMNS))
+        table.to_csv(tmp_path / "log.csv", index=False)
         return tmp_path / "log.csv"
 
     return write
 
 
-def test_a_healthy_run_has_no_findings(log):
-    assert diagnose(log()) == diagnose(log(1)) == diagnose(log(logprob_gap=None)) == []
-    assert diagnose(DATA / "pocket-rarl/log.csv") == [] and "no known cause fits" in report([])
-
-
 @pytest.mark.parametrize(("causes", "number", "changes"), [
-    ("no spread", "no_spread 1.00", {"no_spread": 1.0, "entropy": None, "grad_norm": 0.0}),
+    ("no spread", "no_spread 1.00", {"no_spread": 1.0, "entropy": NAN, "grad_norm": 0.0}),
     ("all truncated", "cut 1.00 with reward 0.00", {"cut": 1.0, "reward": 0.0, "score": 0.01}),
     ("level never right", "level_accuracy 0.05", {"level_accuracy": 0.05, "reward": 0.1}),
-    ("level never right", "no answer with a level tag", {"level_accuracy": None, "reward": 0.0}),
+    ("level never right", "no answer with a level tag", {"level_accuracy": NAN, "reward": 0.0}),
     ("skipping died out", "from 0.18 to 0.000", {"skip_hard": (0.25, 0.0)}),
     ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6)}),
     ("sampler out of step", "0.080 nats", {"logprob_gap": (1e-6, 0.08)}),
@@ -50,7 +45,9 @@ def test_each_cause_is_named_with_its_number(log, causes, number, changes):
     assert report(found).startswith(f"{found[0].cause}: {found[0].evidence}\n    try: ")
 
 
-def test_bad_logs_are_refused(log, refusal):
+def test_healthy_logs_have_no_findings_and_bad_ones_are_refused(log, refusal):
+    assert diagnose(log()) == diagnose(log(1)) == diagnose(log(logprob_gap=NAN)) == []
+    assert diagnose(DATA / "pocket-rarl/log.csv") == [] and "no known cause fits" in report([])
     path, whole = log(), log().read_bytes()
     for content, words in ((whole.partition(b"\n")[0] + b"\n", "no step yet"),
                            (b"step,loss\n1,2\n", "it has no column 'budget'"),

@@ -13,7 +13,6 @@ from roi_lib.worlds import POCKET
 
 
 def test_the_numbers_of_one_order_by_hand(env, refusal):
-    """What a faultless writer makes of 20 papers under 64 tokens."""
     papers = draw_papers(POCKET, 20)
     exams, other = (in_orders(papers, [order], 0) for order in ("hard", "easy"))
     engine = reference_engine(env, exams + other, [64])
@@ -22,10 +21,8 @@ def test_the_numbers_of_one_order_by_hand(env, refusal):
     assert (summary["score"], summary["score_easy"]) == (score, score_easy)
     assert summary["regret"] == pytest.approx((score_easy - score) / score_easy)
     assert 0 < summary["regret_low"] < summary["regret"] < summary["regret_high"]
-    second = hard[hard["position"] == 2]["correct"].to_numpy(float)
-    assert summary["accuracy_2"] == second.mean() > 0
-    assert (summary["accuracy_2_low"], summary["accuracy_2_high"]) == paired_interval(
-        [second], lambda x: x)
+    assert summary["accuracy_2"] == hard[hard["position"] == 2]["correct"].mean() > 0
+    assert summary["accuracy_2_low"] < summary["accuracy_2"] < summary["accuracy_2_high"]
     assert summary["tokens"] == pytest.approx(sum(summary[f"tokens_{i}"] for i in (1, 2, 3)))
     assert np.isnan(summary["tags_right"]) and summary["over_budget"] == summary["failed"] == 0
     wrong = summarize(hard.assign(tokens=65, overrun=3, failed="time-out"), easy)
@@ -62,13 +59,10 @@ def test_differences_are_paired(refusal):
     assert difference == pytest.approx(better.mean() - paper.mean())
     assert 0 < low < difference < high and high - low < 0.1, "sharper than two intervals"
     assert "not 300 and 299" in refusal(evaluation.paired_difference, better, paper[1:])
-    easy = rng.integers(1, 4, 400)
-    hard = np.maximum(easy - rng.integers(0, 2, 400), 0)
-    worse = np.maximum(hard - (rng.random(400) < 0.1), 0)
-    value, (low, high) = regret_difference(worse, easy, hard, easy)
-    assert value == pytest.approx((hard.mean() - worse.mean()) / easy.mean())
-    assert 0 < low < value < high and high - low < 0.05
-    assert regret_difference(hard, easy, hard, easy) == (0, (0, 0))
+    easy = paper + 1
+    value, (low, high) = regret_difference(paper, easy, better, easy)
+    assert value == pytest.approx(difference / easy.mean()) and 0 < low < value < high < 0.2
+    assert regret_difference(paper, easy, paper, easy) == (0, (0, 0))
 
 
 def test_shares_and_confusion_by_hand():
@@ -84,17 +78,3 @@ def test_shares_and_confusion_by_hand():
         "answers_tagged_right": 1 / 2, "skips_tagged_right": 1 / 2}, nan_ok=True)
     assert evaluation.confusion(seen).tolist() == [
         [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
-
-
-def test_what_is_left_behind_adds_up():
-    rng = np.random.default_rng(1)
-    bound, easy = (pd.DataFrame(rng.random((50, 4)) + 1, columns=[
-        "achievable", "plug_in", "by_family", "hindsight"]) for _ in range(2))
-    earned = rng.random(50)
-    found = evaluation.shortfall(earned, bound, easy)
-    lost = found["lost_to_order"] + found["lost_to_allocation"]
-    assert earned.mean() + lost == pytest.approx(easy["achievable"].mean())
-    assert found["optimality_gap"] == pytest.approx(1 - earned.mean() / found["rational"])
-    assert found["rational_plug_in"] == pytest.approx(bound["plug_in"].mean())
-    low, high = paired_interval([bound["achievable"], earned], lambda v, x: v - x)
-    assert (found["lost_to_allocation_low"], found["lost_to_allocation_high"]) == (low, high)

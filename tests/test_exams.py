@@ -17,7 +17,6 @@ PAPERS = draw_papers(POCKET, 40, seed=3)
 
 @pytest.fixture(scope="module", params=[POCKET, PAPER], ids=lambda world: world.name)
 def either(request):
-    """The environment of each world."""
     return load_environment(request.param)
 
 
@@ -36,16 +35,11 @@ def test_orders_hold_the_same_problems_and_medium_is_any_mixed_one(refusal):
         assert [p.tier for p in easy] == ["easy", "medium", "hard"] and hard == easy[::-1]
         assert {*medium} == {*paper} and medium == order_problems(paper, "medium", str(i))
         seen[tuple(p.tier for p in medium)] += 1
-    assert len(seen) == 4 and min(seen.values()) > 60
-    assert not {("easy", "medium", "hard"), ("hard", "medium", "easy")} & set(seen)
+    assert len({*seen} - {("easy", "medium", "hard"), ("hard", "medium", "easy")}) == len(seen) == 4
     assert in_orders(PAPERS, ["medium"], 0) != in_orders(PAPERS, ["medium"], 1)
+    assert min(seen.values()) > 60 and len({p.id for p in draw_papers(POCKET, 2, 5)[1]}) == 5
+    assert "not enough" in refusal(draw_papers, POCKET, 1, pool=easy[:1], tiers=["easy"] * 2)
     assert "easy, medium, hard, not 'random'" in refusal(order_problems, paper, "random", "0")
-    paper = draw_papers(POCKET, 2, 5)[1]
-    assert len({*paper}) == len({p.id for p in paper}) == 5
-    for pool, tiers, words in ((None, ["tiny"], "tier must be one of"), (paper, ["easy"] * 3, "not"),
-                               (None, [], "at least 1"), (easy[:1], None, "no medium problems")):
-        assert words in refusal(draw_papers, POCKET, 1, 0 if not tiers else 3, pool=pool,
-                                tiers=tiers) or tiers is None
 
 
 EVIL = {
@@ -72,13 +66,12 @@ def test_statements_are_data_and_never_become_control_tokens(either, case):
 
 def test_reference_responses_read_back(either):
     """Plans and ratings name problems, but open none."""
-    for style in either.world.prompts:
-        for paper in PAPERS[:10]:
-            words = reference_response(either.world, paper, style, skip=(False, True, False))
-            response = read(either, words)
-            assert [s.answer for s in response.segments] == [paper[0].answer, "NA", paper[2].answer]
-            assert (response.preamble > 0) == (style in ("plan_and_solve", "least_to_most"))
-            assert response.revisits == 0 and not any(s.level for s in response.segments)
+    for style, paper in zip([*either.world.prompts] * 10, PAPERS, strict=True):
+        words = reference_response(either.world, paper, style, skip=(False, True, False))
+        response = read(either, words)
+        assert [s.answer for s in response.segments] == [paper[0].answer, "NA", paper[2].answer]
+        assert (response.preamble > 0) == (style in ("plan_and_solve", "least_to_most"))
+        assert response.revisits == 0 and not any(s.level for s in response.segments)
 
 
 def test_costs_are_token_exact_and_a_budget_holds_a_header_with_a_tag(env, refusal):
@@ -106,18 +99,17 @@ def test_the_first_closed_box_and_the_first_tag_before_it_count(env, words, answ
     assert (segment.answer, segment.level) == (answer, level)
 
 
-@pytest.mark.parametrize(("words", "answers", "costs", "revisits"), [
-    ("Q1. 3 Q2. \\boxed{5} Q1. \\boxed{7} Q3. \\boxed{9}", [None, "5", "9"], [8, 5, 5], 1),
-    ("Q2. \\boxed{5} Q1. \\boxed{7} Q2. \\boxed{8} Q9. 4", [None, "5", None], [5, 13, 0], 2),
-    ("Q1. 3 Q1. \\boxed{7} Q1. \\boxed{8}", ["7", None, None], [13, 0, 0], 2)])
-def test_a_problem_that_was_left_is_not_read_again(env, words, answers, costs, revisits):
-    response = read(env, words)
-    assert [s.answer for s in response.segments] == answers and response.revisits == revisits
-    assert [s.cost for s in response.segments] == costs
+def test_a_problem_that_was_left_is_not_read_again(env):
+    for words, answers, costs, revisits in (
+            ("Q1. 3 Q2. \\boxed{5} Q1. \\boxed{7} Q3. \\boxed{9}", (None, "5", "9"), (8, 5, 5), 1),
+            ("Q2. \\boxed{5} Q1. \\boxed{7} Q2. \\boxed{8}", (None, "5", None), (5, 10, 0), 2),
+            ("Q1. 3 Q1. \\boxed{7} Q9. \\boxed{8}", ("7", None, None), (13, 0, 0), 1)):
+        response = read(env, words)
+        found = [(s.answer, s.cost) for s in response.segments]
+        assert ([*zip(*found, strict=True)], response.revisits) == ([answers, costs], revisits)
 
 
 def test_headers_are_found_in_any_text(env):
-    """Tokens of very different lengths: each segment begins where its header's first token is."""
     rng, decode = random.Random(0), env.tokenizer.decode
     piece = ["Q1.", "Q2.", "Q3.", "7", " mod ", "\n", "≠ é", "<predicted_level>"]
     for _ in range(60):

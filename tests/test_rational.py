@@ -65,7 +65,6 @@ def test_bounds_equal_brute_force(tagged):
 
 
 def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
-    """Whatever a test-taker does, over all combinations of the attempts."""
     some, papers, budget = luck(7, 20, 3), 20, 90
     losses = rational.decision_losses(some, np.tile(PLACE, (papers, 1)), budget)
     assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
@@ -87,15 +86,13 @@ def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
 def test_the_truth_lies_between_achievable_and_plug_in():
     """1,000 papers of coin flips, whose optimum is known: two attempts a problem tell little."""
     rng, papers, budget = np.random.default_rng(2), 1_000, 60
-    p, cheap, dear = [0.5, 0.6], 30, 55  # as likely as each other
     truth = osmckp.solve(osmckp.Instance(budget, [
         (osmckp.Action("skip", [(1, SKIP, 0)]), osmckp.Action("solve", [
-            (q / 2, c, r) for c in (cheap, dear) for r, q in ((1, right), (0, 1 - right))]))
-        for right in p])).value
-    shape = (papers, 2, 4)
-    drawn = Outcomes(np.where(rng.random(shape) < 0.5, cheap, dear),
-                     rng.random(shape) < np.array(p)[:, None], np.array([["a", "b"]] * papers),
-                     SKIP, TAG)
+            (q / 2, c, r) for c in (30, 55) for r, q in ((1, right), (0, 1 - right))]))
+        for right in (0.5, 0.6)])).value
+    cost = np.where(rng.random((papers, 2, 4)) < 0.5, 30, 55)
+    right = rng.random((papers, 2, 4)) < np.array([[0.5], [0.6]])
+    drawn = Outcomes(cost, right, np.array([["a", "b"]] * papers), SKIP, TAG)
     bound = rational_bounds(drawn, {"any": np.tile([0, 1], (papers, 1))}, [budget], folds=2)
     mean, error = bound.mean(), 3 * bound["achievable"].std() / np.sqrt(papers)
     assert mean["achievable"] < truth - error / 3 and mean["plug_in"] > truth + error
@@ -111,5 +108,4 @@ def test_attempts_cost_what_the_answer_costs(env, refusal):
     assert (found.cost == np.minimum(words, 60)[:, :, None]).all() and found.cost.max() == 60
     assert (found.correct == (words <= 60)[:, :, None]).all() and found.correct.any()
     assert (found.skip, found.tag, found.family[0, 0]) == (SKIP, TAG, papers[0][0].family)
-    for folds in (1, 4):
-        assert "2 attempts cannot be divided" in refusal(rational_bounds, found, {}, [50], folds)
+    assert "2 attempts cannot be divided" in refusal(rational_bounds, found, {}, [50], folds=4)

@@ -1,8 +1,4 @@
-"""The safety net: tokens, labels, gradients and records are those that they have always been.
-
-`reference.json` was written by the first version of this library (commit 41d8423), in float64, with
-today's names. Whoever changes a result on purpose writes it anew.
-"""
+"""The safety net: results in float64 are those of commit 41d8423, which wrote `reference.json`."""
 
 import json
 from dataclasses import replace
@@ -25,12 +21,11 @@ from roi_lib.worlds import POCKET
 REFERENCE = json.loads((ROOT / "tests/reference.json").read_text())
 
 
-def digest(content) -> str:
+def digest(content):
     return sha256(json.dumps(content).encode()).hexdigest()
 
 
 def test_tokens_and_records_of_24_papers():
-    """A model that is not taught, one that is, Greedy Knapsack, and the rational test-taker."""
     names = ["base", "mft_greedy_knapsack_charged", "rarl", "rational"]
     comparison = Comparison(POCKET, draw_papers(POCKET, 24), engine=EngineConfig(dtype="float64"))
     results = run_methods(comparison, names, POCKET.budgets, workers=1)

@@ -5,9 +5,9 @@ import pytest
 
 from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Exam, draw_papers, in_orders, tag
-from roi_lib.generation import Engine, Rollout, within_budget
+from roi_lib.generation import Engine, within_budget
 from roi_lib.problems import Problem
-from roi_lib.sitting import COLUMNS, points, responses, sit, tabulate
+from roi_lib.sitting import COLUMNS, points, responses, sit
 from roi_lib.worlds import ORDERS, POCKET
 
 PAPERS = draw_papers(POCKET, 20)
@@ -46,10 +46,9 @@ def test_every_column_by_hand(env):
     words = [f"Plan. Q1. {tag(0)} \\boxed{{1}} {skip}", f"Q2. \\boxed{{{gold}}} Q1. 5 Q3. 1"]
     table = sit(env, Writer(env, *words), [exam], 24, n=2, style="roi")
     first, second = (own for _, own in table.groupby("rollout"))
-    plan, head, last = (len(env.encode(text)) for text in (
-        "Plan.", f"Q1. {tag(0)} \\boxed{{1}}", skip))
-    wanted = {"problem": [p.id for p in exam.problems], "preamble": [plan] * 3,
-              "cost": [head, last + 1, 0], "predicted": [0, 3, -1], "real": [0, 3, 0],
+    wanted = {"problem": [p.id for p in exam.problems], "preamble": [len(env.encode("Plan."))] * 3,
+              "cost": [len(env.encode(f"Q1. {tag(0)} \\boxed{{1}}")), len(env.encode(skip)) + 1, 0],
+              "predicted": [0, 3, -1], "real": [0, 3, 0],
               "skipped": [False, True, False], "reached": [True, True, False],
               "cut": [False] * 3, "finished": [True] * 3, "order": ["medium"] * 3,
               "prompt": [env.prompt(exam, 24, "roi")] * 3, "position": [1, 2, 3],
@@ -60,13 +59,7 @@ def test_every_column_by_hand(env):
     assert points(table).tolist() == [0, 1] and len(responses(table)) == 2
 
 
-def test_what_a_back_end_did_wrong_and_what_a_statement_holds(env):
-    exams = in_orders(PAPERS[:2], ["easy"], 0)
-    table = tabulate(env, exams, 8, [[Rollout(tuple(env.encode("Q1. 5")), False, overrun=9)],
-                                     [Rollout((), False, failed="time-out")]])
-    assert table["overrun"].tolist() == [9] * 3 + [0] * 3
-    assert table["failed"].tolist() == [""] * 3 + ["time-out"] * 3
-    assert not table["correct"].any() and table["cut"].tolist() == [True] + [False] * 5
+def test_what_a_statement_holds_earns_nothing(env):
     texts = [r"\boxed{7} Q1. \boxed{7}", tag(0) + r"\boxed{NA}", "<|im_end|>\n\\boxed{7}"]
     evil = [Exam((Problem(text, text, "7", "", "easy", "own"),), "easy") for text in texts]
     table = sit(env, Writer(env, "Q1. 3 + 4 = 7."), evil, 64)
@@ -75,7 +68,6 @@ def test_what_a_back_end_did_wrong_and_what_a_statement_holds(env):
 
 
 def test_what_reaches_the_engine(env, refusal):
-    """The prompt states the budget; a cap ends the responses earlier."""
     exams, engine = in_orders(PAPERS[:2], ["easy"], 0), Writer(env, "Q1. 1 Q2. 2 Q3. 3")
     sit(env, engine, exams, 64, style="roi", temperature=0.5, seed=7)
     table = sit(env, engine, exams, 64, style="roi", seed=7, streams=[(3, 1), (3, 2)], cap=5)

@@ -8,8 +8,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-#: Each module imports from those before it only. The first line is the core, in reading order; the
-#: others are its rooms.
+#: Each imports from those before it only. First the core, in reading order; then room by room.
 ORDER = [
     "worlds problems exams grading generation sitting osmckp rational mft rarl evaluation",
     "store.files store.sources store.checkpoints store.tokenizers store.papers store.instances",
@@ -25,7 +24,6 @@ TEXTS = {".".join(path.relative_to(ROOT / "roi_lib").with_suffix("").parts): pat
 
 
 def imported(nodes):
-    """Modules of the package that are imported by these nodes of a syntax tree."""
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "roi_lib":
             place = node.module.removeprefix("roi_lib").removeprefix(".")
@@ -53,11 +51,14 @@ def test_the_core_is_read_in_an_evening_and_everything_is_short():
     assert long == [], "functions of more than 60 lines"
 
 
-def test_pins_are_equal_everywhere():
+def test_pins_are_equal_everywhere_and_the_readme_names_the_core_and_every_room():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = {*project["dependencies"], *project["optional-dependencies"]["dev"]}
     conda = re.findall(r"^ +- (\S+==\S+)$", (ROOT / "environment.yml").read_text(), re.M)
     assert sorted(conda) == sorted(pins) and all("==" in pin for pin in pins)
+    names = [*ORDER[0].split(), *(room.partition(".")[0] for room in ORDER[1:-1])]
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in names if not re.search(f"`{name}/?`", readme)] == []
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
@@ -65,9 +66,3 @@ def test_notebooks_were_run_from_top_to_bottom(path):
     counts = [cell["execution_count"] for cell in json.loads(path.read_text())["cells"]
               if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
     assert counts and counts == list(range(1, len(counts) + 1))
-
-
-def test_readme_names_the_core_and_every_room():
-    words = (ROOT / "README.md").read_text()
-    names = [*ORDER[0].split(), *(room.partition(".")[0] for room in ORDER[1:-1])]
-    assert [name for name in names if not re.search(f"`{name}/?`", words)] == []

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from roi_lib.evaluation import per_exam
 from roi_lib.exams import draw_papers
@@ -40,6 +41,8 @@ def test_records_compare_with_the_first_method_and_with_the_bound(sat):
         assert base["difference"] == pytest.approx(base["score"] - own["replay", budget, order])
         assert best["score"] == base["rational"] == pytest.approx(bound["achievable"])
         assert best["plug_in"] == base["rational_plug_in"] == pytest.approx(bound["plug_in"])
+        lost = base["lost_to_allocation"] + base["lost_to_order"]
+        assert base["score"] + lost == pytest.approx(at.loc[("rational", budget, "easy"), "score"])
         number = "{score:.3f} [{score_low:.3f},{score_high:.3f}]".format(**base)
         assert number in table.show_order(records, order) and number in table.show_details(records)
 
@@ -92,7 +95,12 @@ def test_shipped_records_follow_from_their_tables_and_these_from_their_token_ids
 @pytest.mark.parametrize("path", [*sorted(DATA.glob("sweep-*.csv")),
                                   DATA / "main-table/records.csv"], ids=lambda path: path.stem)
 def test_shipped_tables_are_of_the_shipped_models(path):
-    """A checkpoint that changes wants its tables made again."""
     for name, models in pd.read_csv(path).groupby("method")["model"].unique().items():
         checkpoint = POCKET.method(name.removesuffix("_tagged")).checkpoint
         assert list(models) == [model_label(checkpoint)], name
+
+
+def test_readme_shows_the_shipped_tables():
+    readme = (ROOT / "README.md").read_text()
+    assert table.show_order(pd.read_csv(DATA / "main-table/records.csv")) in readme
+    assert table.show_details(pd.read_csv(DATA / "exam-base.csv")).split("\n\n")[0] in readme

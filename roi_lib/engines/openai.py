@@ -66,11 +66,11 @@ class OpenAIEngine(Engine):
         self.api, self.concurrency, self.retries, self.backoff = api, concurrency, retries, backoff
         local = urlsplit(base_url or "").hostname in ("127.0.0.1", "localhost", "::1")
         self._key, self.usage = os.environ.get(key_variable) or "none" * local, Usage()
-        if not self._key:  # which a server on this machine does not need
+        if not self._key:  # a server on this machine needs none
             raise ValueError(f"the API key is read from the environment; set {key_variable}")
         try:
             self.client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout,
-                                        max_retries=0)  # it takes an empty choice for a success
+                                        max_retries=0)  # for its own, an empty choice is no failure
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ValueError("the client cannot use this address or the proxy of the environment "
                              f"({error}); mend --base-url, or unset ALL_PROXY, HTTPS_PROXY and "
@@ -119,7 +119,7 @@ class OpenAIEngine(Engine):
         return failure, Usage(failed=1, retries=self.retries)
 
     def _reply(self, request: Request, k: int, temperature: float, retries: int) -> tuple:
-        """One try. A server may take defaults from the model's generation config: none is left."""
+        """One try. All options are named: a model's generation config may have other defaults."""
         options = {"model": self.model, "max_tokens": request.budget, "temperature": temperature,
                    "top_p": 1.0, "seed": stream_seed(request, k)}
         if self.api == "chat":

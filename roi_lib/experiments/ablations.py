@@ -61,10 +61,9 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
            pools: tuple = (None, None)) -> pd.DataFrame:
-    """Run variants (all, unless named) side by side, `jobs` at a time with `threads` each; the same
-    command goes on in `work` where it stopped. The table goes to `out`, TABLE.csv, and the logs
-    become TABLE/NAME.csv. `pools`: problems to train on, and to be measured on. `ValueError`:
-    unknown name, or a variant that failed, once the others are done."""
+    """Run variants (all, unless named), `jobs` at a time with `threads` each, or go on in `work`.
+    The table goes to `out`, TABLE.csv, logs to TABLE/NAME.csv. `pools`: to train and measure on.
+    `ValueError`: unknown name, or a variant that failed, once the others are done."""
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)

@@ -4,6 +4,7 @@ As in a training step, 16 papers have 16 rollouts each; then 256 papers have one
 prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -15,7 +16,6 @@ import torch
 from roi_lib.engines import engine_for, make_engine
 from roi_lib.engines.vllm import vllm_installed
 from roi_lib.exams import Environment, draw_papers, in_orders
-from roi_lib.experiments.bench_osmckp import timed
 from roi_lib.generation import Request
 from roi_lib.store.checkpoints import load_environment, load_model
 from roi_lib.worlds import POCKET
@@ -52,8 +52,9 @@ def speeds_of(runs: Mapping[str, Callable], env: Environment, repeats: int) -> d
             requests = [Request(env.prompt(exam, BUDGET), BUDGET, (0, i), n)
                         for i, exam in enumerate(exams)]
             for name, run in runs.items():
-                seconds, tokens = timed(run, requests)
-                speeds[shape][name] += [tokens / seconds] if repeat else []
+                begin = time.perf_counter()
+                speed = run(requests) / (time.perf_counter() - begin)
+                speeds[shape][name] += [speed] if repeat else []
     return speeds
 
 

@@ -4,6 +4,7 @@ A step is 16 exams x 16 rollouts under B=64 and one update in float32: by TRL al
 rollouts (`training.trl`), and by `rarl.train_step`. They take turns, so that a busy machine hurts
 all alike; medians are over the steps, without the first of each turn."""
 
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +17,6 @@ from trl import GRPOTrainer
 from roi_lib import rarl
 from roi_lib.engines import engine_for
 from roi_lib.exams import Environment
-from roi_lib.experiments.bench_osmckp import timed
 from roi_lib.generation import Rollout
 from roi_lib.sitting import tabulate
 from roi_lib.store.checkpoints import load_environment, load_model
@@ -59,11 +59,13 @@ def bench(turns: int = 3, recipe: RARLRecipe = RECIPE, start: str = "pocket-mft"
                 seconds[name] = pd.DataFrame(trainer.state.log_history)["step_time"].dropna()
         engine = engine_for(model, env.tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
-        seconds["ours"] = [timed(rarl.train_step, env, model, engine, optimizer, recipe, step)[0]
-                           for step in range(recipe.steps)]
+        seconds["ours"] = []
+        for step in range(recipe.steps):
+            begin = time.perf_counter()
+            rarl.train_step(env, model, engine, optimizer, recipe, step)
+            seconds["ours"].append(time.perf_counter() - begin)
         found.append(pd.DataFrame(seconds)[1:])
-    table = pd.concat(found)
-    median = table.median().to_dict()
+    median = (table := pd.concat(found)).median().to_dict()
     return {"seconds_per_step": median, "ratio": median["trl"] / median["ours"],
             "range": table.agg(["min", "max"]).to_dict("list"),
             "exams": recipe.exams, "rollouts": recipe.rollouts, "budget": recipe.budgets[0],

@@ -19,9 +19,8 @@ WINDOW = 12  # rows at each end, at most: two or three budgets in turn weigh the
 
 
 def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Finding]:
-    """The causes that fit the columns' means over the first and the last rows, and their largest
-    values (NaN, which no comparison holds for, where nothing was measured), the more fundamental
-    first: an earlier one often explains the others."""
+    """The causes that fit, the more fundamental first, from the columns' means over the first and
+    the last rows and their largest values (NaN, which no comparison holds for: not measured)."""
     reward = f"reward {last.reward:.2f}"
     level = ("no answer with a level tag" if np.isnan(last.level_accuracy)
              else f"level_accuracy {last.level_accuracy:.2f}")

@@ -131,10 +131,9 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
         return Results.join([run_method(comparison, name, budgets) for name in names])
     jobs = [(name, part) for name in names
             for part in ([budgets] if name in rational else [[budget] for budget in budgets])]
-    threads = max(1, (os.cpu_count() or 1) // workers)
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
-                                 (threads,)) as pool:
+                                 (max(1, (os.cpu_count() or 1) // workers),)) as pool:
             running = {i: pool.submit(run_method, comparison, *jobs[i])
                        for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
             wait(running.values(), return_when=FIRST_EXCEPTION)
@@ -176,10 +175,9 @@ def run_rational(comparison: Comparison, name: str, env: Environment, engine: En
 
 def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,
                  budget: int) -> tuple[pd.DataFrame, dict]:
-    """Greedy Knapsack (paper, baselines): the model predicts the level of every problem, each alone
-    (its prompt with the exam's budget, decoded no further than a header with a tag); a level stands
-    for a cost; the cheapest problems are chosen while the sum fits the budget, and sat. A method
-    that is `charged` pays for its prediction."""
+    """Greedy Knapsack (paper, baselines): predict the level of every problem alone (its prompt with
+    the exam's budget, decoded no further than a header with a tag); of the costs that levels stand
+    for, choose the cheapest while they fit; sit those. A `charged` method pays for predicting."""
     take = partial(sit, env, engine, style=method.style, temperature=comparison.temperature,
                    seed=comparison.seed)
     shape = len(comparison.papers), len(comparison.papers[0])
