@@ -28,8 +28,8 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def test_all_methods_on_one_screen_and_in_one_table(run, tmp_path):
-    status, text, _ = run("exam --methods all --budgets 64,32,64 --exams 3 --no-progress "
-                          "--out o.csv --plot o.png")
+    command = "exam --methods all --budgets 64,32,64 --exams 3 --out o.csv --plot o.png"
+    status, text, _ = run(command)
     assert status == 0 and len(text.splitlines()) <= 24 and (tmp_path / "o.png").stat().st_size
     records, names = pd.read_csv("o.csv"), [*POCKET.methods, "rational_tagged"][1:]
     assert records["method"].unique().tolist() == names and all(name in text for name in names)
@@ -90,8 +90,7 @@ exam --budgets 64,4 --exams 2: give at least 5 tokens; exam --problems-per-exam 
 exam --dtype float9: float9; exam --model no-such-folder: name a local folder
 exam --temperature -1 --exams 2: temperature must be 0; exam --problems none.jsonl: none.jsonl
 exam --engine replay --exams 2: lacks 2 of 2 responses; exam --papers own.json: own.json
-exam --world paper --methods all: name methods whose checkpoints the hub has
-exam --world paper --methods replay --data none: none; exam --save .: is not replaced
+exam --world paper --methods all: whose checkpoints the hub has; exam --save .: is not replaced
 exam --out .: --out names something that is no file; exam --plot no/x.png: the folder of --plot
 sweep weather --out x.csv: budget, problems; sweep mix --out no/x.csv: the folder of --out
 osmckp own.json: own.json; bench osmckp --out no/x.json: the folder of --out

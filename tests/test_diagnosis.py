@@ -8,7 +8,6 @@ from roi_lib.experiments.diagnosis import diagnose, report
 from roi_lib.store.files import DATA
 from roi_lib.training.rarl import COLUMNS
 
-NAN = float("nan")
 HEALTHY = {"step": (1, 40), "budget": 64, "reward": (0.6, 1.1), "score": (0.7, 1.15),
            "skip_easy": 0.0, "skip_medium": (0.0, 0.02), "skip_hard": (0.2, 0.9),
            "level_accuracy": (0.7, 0.95), "accuracy": (0.93, 0.95), "tokens": (63, 55),
@@ -16,39 +15,37 @@ HEALTHY = {"step": (1, 40), "budget": 64, "reward": (0.6, 1.1), "score": (0.7, 1
            "entropy": (0.2, 0.1), "logprob_gap": 1e-6, "seconds": (2, 80)}
 
 
-@pytest.fixture
-def log(tmp_path):
+def log(folder, rows=40, **changes):
     """A log whose columns reach a second value half-way, or stay, or stay empty (NaN)."""
-    def write(rows=40, **changes):
-        ends = pd.DataFrame(HEALTHY | changes)[list(COLUMNS)].to_numpy(float)
-        half = np.minimum(1, 2 * np.arange(rows) / rows)[:, None]
-        table = pd.DataFrame(ends[0] + (ends[1] - ends[0]) * half, columns=list(COLUMNS))
-        table.to_csv(tmp_path / "log.csv", index=False)
-        return tmp_path / "log.csv"
-
-    return write
+    ends = pd.DataFrame(HEALTHY | changes)[list(COLUMNS)].to_numpy(float)
+    half = np.minimum(1, 2 * np.arange(rows) / rows)[:, None]
+    table = pd.DataFrame(ends[0] + (ends[1] - ends[0]) * half, columns=list(COLUMNS))
+    table.to_csv(folder / "log.csv", index=False)
+    return folder / "log.csv"
 
 
 @pytest.mark.parametrize(("causes", "number", "changes"), [
-    ("no spread", "no_spread 1.00", {"no_spread": 1.0, "entropy": NAN, "grad_norm": 0.0}),
+    ("no spread", "no_spread 1.00", {"no_spread": 1.0, "entropy": np.nan, "grad_norm": 0.0}),
     ("all truncated", "cut 1.00 with reward 0.00", {"cut": 1.0, "reward": 0.0, "score": 0.01}),
     ("level never right", "level_accuracy 0.05", {"level_accuracy": 0.05, "reward": 0.1}),
-    ("level never right", "no answer with a level tag", {"level_accuracy": NAN, "reward": 0.0}),
+    ("level never right", "no answer with a level tag", {"level_accuracy": np.nan, "reward": 0.0}),
     ("skipping died out", "from 0.18 to 0.000", {"skip_hard": (0.25, 0.0)}),
     ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6)}),
     ("sampler out of step", "0.080 nats", {"logprob_gap": (1e-6, 0.08)}),
     ("rate too high, skipping died out", "from 0.1", {  # the collapse of a high rate
         "accuracy": (0.97, 0.78), "score": (0.9, 0.7), "skip_hard": (0.2, 0.0)})])
-def test_each_cause_is_named_with_its_number(log, causes, number, changes):
-    found = diagnose(log(**changes))
+def test_each_cause_is_named_with_its_number(tmp_path, causes, number, changes):
+    found = diagnose(log(tmp_path, **changes))
     assert ", ".join(f.cause for f in found) == causes and number in found[-1].evidence
     assert report(found).startswith(f"{found[0].cause}: {found[0].evidence}\n    try: ")
 
 
-def test_healthy_logs_have_no_findings_and_bad_ones_are_refused(log, refusal):
-    assert diagnose(log()) == diagnose(log(1)) == diagnose(log(logprob_gap=NAN)) == []
+def test_healthy_logs_have_no_findings_and_bad_ones_are_refused(tmp_path, refusal):
+    for healthy in ({}, {"rows": 1}, {"logprob_gap": np.nan}):
+        assert diagnose(log(tmp_path, **healthy)) == []
     assert diagnose(DATA / "pocket-rarl/log.csv") == [] and "no known cause fits" in report([])
-    path, whole = log(), log().read_bytes()
+    path = log(tmp_path)
+    whole = path.read_bytes()
     for content, words in ((whole.partition(b"\n")[0] + b"\n", "no step yet"),
                            (b"step,loss\n1,2\n", "it has no column 'budget'"),
                            (whole.replace(b",64.0,", b",many,", 1), "is no number"),

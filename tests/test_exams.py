@@ -21,7 +21,6 @@ def either(request):
 
 
 def read(env, words, n=3):
-    """The response, whose costs add up."""
     ids = env.encode(words)
     response = env.parse(ids, n)
     assert response.preamble + sum(s.cost for s in response.segments) == response.total == len(ids)

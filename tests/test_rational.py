@@ -30,7 +30,6 @@ def brute_force(cost, right, known, paid, budget, skip=SKIP):
 
     @cache
     def value(i, left, tries):
-        """Of trying or skipping problem i, by what is known, and the best from there on."""
         return 0 if i == len(cost) else np.mean([
             (r and c <= left) + max(value(i + 1, max(left - c, 0), a) for a in (False, True))
             for c, r in outcomes_of(i, tries, known)])
@@ -57,8 +56,8 @@ def test_bounds_equal_brute_force(tagged):
                              some.skip) for known in ([1, 3], [0, 2])]  # attempts in turn
         assert np.mean(found, axis=0) == pytest.approx(
             [row["achievable"], *(row.filter(like=name).sum() for name in ("tokens", "skipped"))])
-        best = brute_force(*exam, range(4), range(4), budget, some.skip)
-        assert row["plug_in"] == pytest.approx(best[0])
+        assert row["plug_in"] == pytest.approx(
+            brute_force(*exam, range(4), range(4), budget, some.skip)[0])
         known = [osmckp.offline_value([[some.skip, c] for c in exam[0][:, k]],
                                       [[0, r] for r in exam[1][:, k]], budget) for k in range(4)]
         assert row["hindsight"] == pytest.approx(np.mean(known))

@@ -26,9 +26,9 @@ def digest(content):
 
 
 def test_tokens_and_records_of_24_papers():
-    names = ["base", "mft_greedy_knapsack_charged", "rarl", "rational"]
     comparison = Comparison(POCKET, draw_papers(POCKET, 24), engine=EngineConfig(dtype="float64"))
-    results = run_methods(comparison, names, POCKET.budgets, workers=1)
+    results = run_methods(comparison, [
+        "base", "mft_greedy_knapsack_charged", "rarl", "rational"], POCKET.budgets, workers=1)
     found = {" ".join(map(str, cell)): digest([list(ids) for ids in responses(table)["ids"]])
              for cell, table in results.table.groupby(CELL, sort=False)}
     assert found == REFERENCE["tokens"]

@@ -34,8 +34,7 @@ def test_probabilities_of_a_skip_are_those_of_its_tokens_one_by_one(env, model):
 
 
 def test_the_exam_shown_is_the_first_whose_first_problem_takes_all(env, refusal):
-    long = "1" + " + 1" * 40
-    words = ["Q1. \\boxed{NA}", f"Q1. 1 Q2. {long}", f"Q1. {long}", f"Q1. 2 {long}"]
+    words = ["Q1. \\boxed{NA}", "Q1. 1 Q2. 1" + " + 1" * 40, *["Q1. 1" + " + 1" * 40] * 2]
     engine = ReplayEngine({env.prompt(exam, 64, "roi"): env.encode(text) for exam, text in zip(
         HARD, words, strict=True)}, env.tokenizer.eos_token_id)
     assert snapshots.find_example(env, engine, PAPERS) == 2
@@ -61,8 +60,8 @@ def test_every_model_that_was_kept_is_looked_at(env, monkeypatch, tmp_path, refu
                               ("other", (), "double")):
         train(env, getattr(tiny_model(env.tokenizer), dtype)(), replace(
             SMALL_RARL, steps=1, snapshots=kept), tmp_path / name)
-    for names, words in ((["none"], "name the --work"), (["0", "other"], "different starts")):
-        assert words in refusal(snapshots.find_snapshots, [tmp_path / name for name in names])
+    for names, words in (("none", "name the --work"), ("none other", "different starts")):
+        assert words in refusal(snapshots.find_snapshots, [tmp_path / n for n in names.split()])
     monkeypatch.setattr(snapshots, "find_example", lambda *_: 1)
     monkeypatch.setattr(snapshots, "load_environment", lambda _: env)
     found = snapshots.snapshot_report(POCKET, [tmp_path / "1", tmp_path / "0"], 4, seed=3)
@@ -70,5 +69,5 @@ def test_every_model_that_was_kept_is_looked_at(env, monkeypatch, tmp_path, refu
     assert [step["step"] for step in found["steps"]] == [0, 1]
     for step in found["steps"]:
         assert sum(p["cost"] for p in step["problems"]) <= len(step["ids"]) <= 64
-        assert sum(row["problems"] for row in step["hard"]) == 4 * 3 * 2, "orders and budgets"
+        assert sum(row["problems"] for row in step["hard"]) == 4 * 3 * 2  # orders, budgets
     assert json.loads(json.dumps(found)) == found

@@ -1,11 +1,11 @@
-"""Sweeps: settings, rows, and a run that goes on from its logs."""
+"""Sweeps: their rows, and a run that goes on from its logs."""
 
 from dataclasses import replace
 
 import pandas as pd
 
 from roi_lib.engines import EngineConfig
-from roi_lib.experiments.sweeps import run_sweep, settings
+from roi_lib.experiments.sweeps import run_sweep
 from roi_lib.worlds import POCKET
 
 
@@ -19,4 +19,3 @@ def test_rows_and_a_sweep_that_goes_on_from_its_logs(tmp_path):
     pd.testing.assert_frame_equal(first, again)
     assert set(first["budget"]) == set(first["x"]) == {12, 18, 24, 30, 36, 48, 60, 72}
     assert [path.name for path in tmp_path.iterdir()] == ["budget-0"], "a folder for each setting"
-    assert all(tuple(x.split("-")) == tiers for x, tiers, *_ in settings(POCKET, "mix"))

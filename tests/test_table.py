@@ -1,7 +1,5 @@
 """The main table: records, what is shown of them, and folders that are read back as written."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,7 +52,6 @@ def test_a_folder_is_read_back_as_it_was_written(sat):
     assert restore_papers(read_paper_list(folder / "papers.json")) == comparison.papers
     for name, written in results.table.groupby("method"):
         found, written = load_rollouts(folder, name), written.reset_index(drop=True)
-        assert set(written) - set(found) == {"method", "problem"}
         one, other = (some[[c for c in found if c != "ids"]].fillna({"answer": ""})
                       for some in (found, written))
         pd.testing.assert_frame_equal(one, other, check_dtype=False)
@@ -70,8 +67,7 @@ def test_what_is_not_there_or_not_ours_is_named_and_stays(sat, tmp_path, refusal
     folder, comparison, results, records = sat
     assert "holds no 'rarl'; it has base, bounds" in refusal(load_rollouts, folder, "rarl")
     copy, foreign = tmp_path / "copy", tmp_path / "thesis.txt"
-    save_comparison(copy, comparison, replace(results, outcomes=None), records)
-    assert "holds no 'bounds'" in refusal(table.load_bounds, copy)
+    save_comparison(copy, comparison, results, records)
     (copy / "base.parquet").write_bytes(b"0" * 99)
     foreign.write_text("mine")
     assert "base.parquet is missing, cut short" in refusal(load_rollouts, copy, "base")

@@ -3,12 +3,12 @@
 As in a training step, 16 papers have 16 rollouts each; then 256 papers have one each, so that no
 prompt can be shared. torch and `generate` take turns, so that a busy machine hurts both alike."""
 
-import os
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -67,22 +67,21 @@ def summary(speeds: Mapping[str, Sequence[float]]) -> dict:
             "range": {name: [min(s), max(s)] if s else None for name, s in speeds.items()}}
 
 
-def vllm_speeds(repeats: int) -> dict[str, dict]:
-    """Those of vLLM, which sets threads and memory of its process, and so gets one of its own."""
-    env = load_environment(POCKET)
-    engine = make_engine("vllm", "pocket-base", env.tokenizer, "float32", chunk=256)
-    return speeds_of({"vllm": partial(engine_tokens, engine)}, env, repeats)
-
-
 def bench(repeats: int = 5) -> dict:
-    """All measurements as one JSON-ready dict; a few minutes."""
+    """All measurements, JSON-ready; a few minutes. `CalledProcessError`: vLLM did not start."""
     env, model = load_environment(POCKET), load_model("pocket-base", "float32")
     speeds = speeds_of({"torch": partial(engine_tokens, engine_for(model, env.tokenizer)),
                         "hf_generate": partial(hf_tokens, model, env.tokenizer)}, env, repeats)
     found = {shape: {"vllm": []} for shape in SHAPES}
-    if vllm_installed():  # last; what it prints goes to standard error
-        with ProcessPoolExecutor(1, get_context("spawn"), os.dup2, (2, 1)) as pool:
-            found = pool.submit(vllm_speeds, repeats).result()
+    if vllm_installed():  # it sets threads and memory of its process, and so gets one of its own
+        command = [sys.executable, "-m", __name__, str(repeats)]
+        found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
     shared, apart = (summary(speeds[shape] | found[shape]) for shape in SHAPES)
     return shared | {"one_rollout_a_paper": apart, "rollouts": 256, "budget": BUDGET,
                      "dtype": "float32", "repeats": repeats, "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    env = load_environment(POCKET)
+    engine = make_engine("vllm", "pocket-base", env.tokenizer, "float32")
+    print(json.dumps(speeds_of({"vllm": partial(engine_tokens, engine)}, env, int(sys.argv[1]))))
