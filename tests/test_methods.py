@@ -68,7 +68,6 @@ def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, hard,
 
 
 def same(a, b):
-    """Whether two results are equal in all that they hold."""
     return a.table.equals(b.table) and a.bounds.equals(b.bounds) and a.facts == b.facts
 
 
