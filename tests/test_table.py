@@ -9,9 +9,10 @@ from roi_lib.evaluation import per_exam
 from roi_lib.exams import draw_papers
 from roi_lib.experiments import table
 from roi_lib.experiments.methods import Comparison, run_methods
+from roi_lib.experiments.statistics import statistics
 from roi_lib.experiments.table import CELL, load_rollouts, save_comparison
 from roi_lib.store.checkpoints import load_environment, model_label
-from roi_lib.store.files import DATA
+from roi_lib.store.files import DATA, write_json
 from roi_lib.store.papers import read_paper_list, restore_papers
 from roi_lib.worlds import ORDERS, POCKET
 
@@ -94,6 +95,11 @@ def test_shipped_tables_are_of_the_shipped_models(path):
     for name, models in pd.read_csv(path).groupby("method")["model"].unique().items():
         checkpoint = POCKET.method(name.removesuffix("_tagged")).checkpoint
         assert list(models) == [model_label(checkpoint)], name
+
+
+def test_statistics_of_the_datasets_are_those_that_are_shipped(real_data, tmp_path):
+    write_json(tmp_path / "s.json", statistics(real_data))
+    assert (tmp_path / "s.json").read_text() == (DATA / "exam-statistics.json").read_text()
 
 
 def test_readme_shows_the_shipped_tables():
