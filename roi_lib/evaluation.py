@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from roi_lib.sitting import responses
+from roi_lib.sitting import points, responses
 from roi_lib.worlds import TIERS
 
 BOOTSTRAP_RESAMPLES = 2_000
@@ -153,8 +153,7 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     if not papers[0].equals(papers[1]):
         raise ValueError("regret compares orders of the same papers, and these papers differ")
     frame, whole, shares = per_exam(table), responses(table), rates(table)
-    points, points_easy = (f["points"].to_numpy() for f in (frame, per_exam(easy)))
-    return score_and_regret(points, points_easy, seed) | by_position(frame, seed) | {
+    return score_and_regret(points(table), points(easy), seed) | by_position(frame, seed) | {
         "tokens": float(whole["tokens"].mean()),
         "skip_rate": shares["skip_rate"], "tags_right": shares["tags_right"],
         "over_budget": int((whole["tokens"] > whole["budget"]).sum()),

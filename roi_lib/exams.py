@@ -80,6 +80,9 @@ def in_orders(papers: Sequence[Sequence[Problem]], orders: Sequence[str], seed: 
             for i, (paper, order) in enumerate(zip(papers, cycle(orders), strict=False))]
 
 
+SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"  # what gives a problem up
+
+
 def tag(level: int) -> str:
     """The words that predict a level."""
     return f"{TAG_OPEN}Level-{level}{TAG_CLOSE}"

@@ -15,13 +15,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from roi_lib.exams import Environment, Exam, tag
+from roi_lib.exams import SKIP_WORDS, Environment, Exam, tag
 from roi_lib.generation import Engine
 from roi_lib.problems import Problem, problem_stream
 from roi_lib.sitting import sit
-from roi_lib.worlds import SKIP_ANSWER, TAG_OPEN, TIERS, MFTRecipe, World
-
-SKIP_WORDS = f"\\boxed{{{SKIP_ANSWER}}}"
+from roi_lib.worlds import TAG_OPEN, TIERS, MFTRecipe, World
 
 
 def tag_tokens(env: Environment) -> int:

@@ -25,12 +25,11 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from roi_lib.exams import Environment, Exam
+from roi_lib.exams import SKIP_WORDS, Environment, Exam
 from roi_lib.generation import Engine
 from roi_lib.osmckp import Action, Instance, Solution, expected_future, expected_reward, solve
 from roi_lib.problems import Problem
 from roi_lib.sitting import sit
-from roi_lib.worlds import SKIP_ANSWER
 
 SAMPLES = 4  # attempts a problem
 FOLDS = 4
@@ -92,7 +91,7 @@ def sample_outcomes(env: Environment, engine: Engine, papers: Sequence[Sequence[
         (table["tokens"] - table["finished"]).to_numpy().reshape(shape),
         table["correct"].to_numpy(bool).reshape(shape),
         np.array([[problem.family for problem in paper] for paper in papers]),
-        skip=len(env.encode(f"{header}\n\\boxed{{{SKIP_ANSWER}}}")),
+        skip=len(env.encode(f"{header}\n{SKIP_WORDS}")),
         tag=env.smallest_budget - len(env.encode(header)))
 
 

@@ -4,10 +4,10 @@ their Score is what the budget alone costs."""
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from roi_lib.exams import Environment, Exam
+from roi_lib.exams import SKIP_WORDS, Environment, Exam
 from roi_lib.generation import Engine, Request, Stream, within_budget
 from roi_lib.problems import Problem
-from roi_lib.worlds import SKIP_ANSWER, World
+from roi_lib.worlds import World
 
 
 def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
@@ -24,8 +24,7 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         notes = [f"{h.strip('#. ')} {word}" for h, word in zip(headers, words, strict=True)]
         parts.append(f"{title}: {'; '.join(notes)}.")
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
-        words = f"\\boxed{{{SKIP_ANSWER}}}" if skipped else p.solution
-        parts.append(f"{header}\n{words}")
+        parts.append(f"{header}\n{SKIP_WORDS if skipped else p.solution}")
     return "\n".join(parts)
 
 

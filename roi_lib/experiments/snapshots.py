@@ -9,13 +9,13 @@ import torch
 from tqdm import tqdm
 
 from roi_lib.engines import engine_for
-from roi_lib.exams import Environment, Exam, draw_papers, in_orders, tag
+from roi_lib.exams import SKIP_WORDS, Environment, Exam, draw_papers, in_orders, tag
 from roi_lib.generation import Engine
 from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, completion_logprobs, pad_right, problem_rewards
 from roi_lib.sitting import responses, sit
 from roi_lib.store.checkpoints import load_environment, load_model
-from roi_lib.worlds import ORDERS, SKIP_ANSWER, World
+from roi_lib.worlds import ORDERS, World
 
 #: How the exam that is shown was chosen; no later model has a say in it.
 RULE = ("the first unseen paper in the hard order under the smallest budget on which the model of "
@@ -52,7 +52,7 @@ def skip_routes(env: Environment, model, exam: Exam, budget: int) -> dict[str, l
     """Probability, at temperature 1, that a response to this exam opens with the header and the tag
     of Level-k (`tag`), and that a skip follows (`skip`), level by level, as MFT writes it."""
     tags = [f"{env.world.header.format(i=1)}\n{tag(k)}" for k in range(env.world.skip_level + 1)]
-    ids, mask = pad_right([env.encode(f"{t} \\boxed{{{SKIP_ANSWER}}}") for t in tags], model.device)
+    ids, mask = pad_right([env.encode(f"{t} {SKIP_WORDS}") for t in tags], model.device)
     prompt = torch.tensor(env.prompt(exam, budget, STYLE), device=model.device)
     logprobs, _ = completion_logprobs(model, prompt, ids)
     opening = [float(row[: len(env.encode(t))].sum().exp())

@@ -13,6 +13,7 @@ import pandas as pd
 from roi_lib import evaluation
 from roi_lib.experiments.methods import Comparison, Results
 from roi_lib.rational import Outcomes
+from roi_lib.sitting import points as problems_solved
 from roi_lib.store.checkpoints import model_label
 from roi_lib.store.files import verify_folder, write_csv, write_folder, write_json
 from roi_lib.store.papers import make_paper_list
@@ -42,7 +43,7 @@ def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
                      for frame in (results.table, results.bounds))
     cells = [(m, b, o) for m, b in dict.fromkeys((m, b) for m, b, _ in [*sat, *rational])
              for o in comparison.orders]
-    points = {key: evaluation.per_exam(sat[key])["points"].to_numpy() if key in sat
+    points = {key: problems_solved(sat[key]) if key in sat
               else rational[key]["achievable"].to_numpy() for key in cells}
     labels = {m: model_label(comparison.checkpoint(m.removesuffix("_tagged")) or "")
               for m in dict.fromkeys(m for m, _, _ in cells)}
