@@ -39,8 +39,8 @@ class Action:
     def __init__(self, name: str, outcomes):
         where = f"action {name!r}, field"
         try:
-            table = np.array([[float(x) for x in row] for row in outcomes])
-            p, cost, reward = table.T
+            table = np.array(outcomes, dtype=float)
+            p, cost, reward = table.T if table.ndim == 2 else ()
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where} outcomes: need rows of (p, cost, reward)") from error
         require(np.all(p >= 0) and abs(p.sum() - 1) <= 1e-9,

@@ -54,22 +54,22 @@ class Outcomes:
 
     def classes(self, known: np.ndarray) -> list[list[tuple[Action, Action]]]:
         """(skip, solve) of every problem of every paper, as some attempts (a mask) have it."""
-        return [[actions(self.skip, c[known], r[known]) for c, r in zip(costs, rights, strict=True)]
+        skip = Action("skip", [(1, self.skip, 0)])
+        return [[(skip, solving(c[known], r[known])) for c, r in zip(costs, rights, strict=True)]
                 for costs, rights in zip(self.cost, self.correct, strict=True)]
 
     def family_classes(self) -> list[list[tuple[Action, Action]]]:
         """The same for a test-taker who takes every problem for an average one of its family."""
-        known = {}
+        known, skip = {}, Action("skip", [(1, self.skip, 0)])
         for family in np.unique(self.family):
             here = self.family == family
-            known[family] = actions(self.skip, self.cost[here].ravel(), self.correct[here].ravel())
+            known[family] = skip, solving(self.cost[here].ravel(), self.correct[here].ravel())
         return [[known[family] for family in paper] for paper in self.family]
 
 
-def actions(skip: int, cost: np.ndarray, correct: np.ndarray) -> tuple[Action, Action]:
-    """Skip, and solve by equally likely attempts, [attempts]."""
-    p = np.full(len(cost), 1 / len(cost))
-    return Action("skip", [(1, skip, 0)]), Action("solve", np.stack([p, cost, correct], axis=1))
+def solving(cost: np.ndarray, correct: np.ndarray) -> Action:
+    """The action of trying a problem, by equally likely attempts, [attempts]."""
+    return Action("solve", np.stack([np.full(len(cost), 1 / len(cost)), cost, correct], axis=1))
 
 
 def check_samples(samples: int, folds: int = FOLDS) -> None:
