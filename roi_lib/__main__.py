@@ -96,7 +96,7 @@ def exam_papers(args: ExamRun, world: World):
         raise ValueError(f"{args.papers} holds papers of the world {listed.world}; "
                          f"give --world {listed.world}")
     split, seed = (listed.split, listed.seed) if listed else ("test", args.seed)
-    pool = (sources.load_jsonl(args.problems) if args.problems
+    pool = (sources.load_jsonl(args.problems, world) if args.problems
             else sources.load_pool(world, split, args.data))
     drawn = papers.restore_papers(listed, pool) if listed else draw_papers(
         world, args.exams, args.problems_per_exam, split, seed, pool, args.tiers or None)

@@ -117,16 +117,16 @@ class Response:
 def boxed(text: str) -> tuple[str, int] | None:
     """Content and position of the first closed, non-empty `\\boxed{}`, braces balanced: the first,
     not the last, for a row of guesses must not earn what only one of them would."""
-    start = text.find("\\boxed{")
-    if start < 0:
+    if not (box := re.search(r"\\boxed\s*\{", text)):
         return None
-    begin = start + len("\\boxed")
-    end = closing_brace(text, begin)
-    content = "" if end is None else text[begin + 1 : end].strip()
-    return (content, start) if content else None
+    end = closing_brace(text, box.end() - 1)
+    content = "" if end is None else text[box.end() : end].strip()
+    return (content, box.start()) if content else None
 
 
-_TAG = re.compile(re.escape(TAG_OPEN) + r"\s*Level-(\d+)\s*" + re.escape(TAG_CLOSE))
+_TAG = re.compile(re.escape(TAG_OPEN) + r"\s*Level-(\d{1,3})\s*" + re.escape(TAG_CLOSE))
+#: What a model thinks before it answers; its chat template may have opened it in the prompt.
+_THOUGHT = re.compile(r"(?s)<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*</think>")
 _MESSAGE = "roi-lib-user-message"
 
 
@@ -195,21 +195,29 @@ class Environment:
         known = found and int(found[1]) <= self.world.skip_level
         return Segment(cost, text, answer, int(found[1]) if known else None)
 
-    def parse(self, ids: Sequence[int], n: int) -> Response:
+    def parse(self, ids: Sequence[int], n: int, text: str | None = None) -> Response:
         """Cut a response to an exam of `n` problems into segments with token-exact costs.
 
         A segment runs from its header to the next one (a single problem needs none). Text and
-        tokens are matched by decoding prefixes of `ids`; nothing is ever encoded again."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]
-        if n == 1 and not headers:
-            return Response((self.read_segment(len(ids), text),), 0, len(ids), 0)
+        tokens are matched by decoding prefixes of `ids`. `text`: the words as a server sent them,
+        of which `ids` are the encoding; words without tokens are read, too."""
+        ends = None if text is None else self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True,
+            return_offsets_mapping=True).offset_mapping[: len(ids)]
 
         @cache
         def end_of(k: int) -> int:
             """Where in the text token `k` ends."""
-            return len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+            if ends is None:
+                return len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
+            return ends[k][1] if k < len(ends) else len(text)
 
+        text = (self.tokenizer.decode(ids, skip_special_tokens=True) if text is None
+                else text[: end_of(len(ids) - 1)] if ids else "")
+        text = _THOUGHT.sub(lambda thought: " " * len(thought[0]), text)  # charged, never read
+        headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]
+        if n == 1 and not headers:
+            return Response((self.read_segment(len(ids), text),), 0, len(ids), 0)
         numbers = [int(header[1]) for header in headers]
         places = [header.start() for header in headers] + [len(text)]
         starts = [bisect_right(range(len(ids)), place, key=end_of) for place in places[:-1]]

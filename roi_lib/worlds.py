@@ -218,7 +218,7 @@ POCKET = World(
     families={"easy": ("comparison", "boxes"), "medium": ("bus", "shopping"),
               "hard": ("remainders", "cycle")},
     header="Q{i}.",
-    header_pattern=r"Q(\d+)\.",
+    header_pattern=r"Q(\d{1,3})\.",
     grader="integer",
     prompts={
         "direct": _BUDGET + "Solve in order.\n{problems}",
@@ -255,7 +255,7 @@ PAPER = World(
     centroids=(128, 384, 768),
     families={"easy": ("gsm8k",), "medium": ("math",), "hard": ("aime",)},
     header="### Problem {i}",
-    header_pattern=r"(?m)^\s{0,3}#{1,6}\s*Problem\s+(\d{1,3})\b",
+    header_pattern=r"(?mi)^\s{0,3}(?:#{1,6}\s*(?:\*\*)?|\*\*)\s*Problem\s+(\d{1,3})\b",
     grader="math",
     prompts={
         "direct": _EXAM_RULES + "\n\n{problems}",

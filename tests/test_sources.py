@@ -145,7 +145,7 @@ def test_a_file_with_bom_and_crlf_is_read(tmp_path):
     path = tmp_path / "own.jsonl"
     named = json.dumps(GOOD | {"problem": "é?", "id": 7, "solution": "So \\boxed{2}."})
     path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n\r\n{named}\r\n".encode())
-    assert sources.load_jsonl(path) == [
+    assert sources.load_jsonl(path, PAPER) == [
         Problem("own/1", "1 + 1?", "2", "\\boxed{2}", "easy", "own"),
         Problem("7", "é?", "2", "So \\boxed{2}.", "easy", "own")]
 
@@ -157,7 +157,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_file_and_line(tmp_path, refus
     path = tmp_path / "own.jsonl"
     rows = [GOOD, GOOD | {"problem": "2 + 0?"} | change]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert "own.jsonl, line 2: " in refusal(sources.load_jsonl, path)
+    assert "own.jsonl, line 2: " in refusal(sources.load_jsonl, path, PAPER)
 
 
 @pytest.mark.parametrize(("content", "words"), [
@@ -167,5 +167,5 @@ def test_a_row_that_cannot_be_used_is_refused_with_file_and_line(tmp_path, refus
 def test_a_line_of_any_content_is_one_sentence(tmp_path, refusal, content, words):
     path = tmp_path / "own.jsonl"
     path.write_bytes(content)
-    said = refusal(sources.load_jsonl, path)
+    said = refusal(sources.load_jsonl, path, PAPER)
     assert "own.jsonl" in said and words in said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roi_lib.grading import read_number, read_words, tidy
+from roi_lib.grading import normalize, read_number, read_words
 from roi_lib.problems import SPLITS, Problem
 from roi_lib.store.checkpoints import load_tokenizer
 from roi_lib.store.files import write_json
@@ -28,8 +28,9 @@ def describe(tokenizer, problems: Sequence[Problem], left_out: dict[str, str]) -
     def percentiles(values: list[int]) -> list[int]:
         return np.percentile(values, PERCENTILES).round().astype(int).tolist()
 
-    kinds = Counter("number" if read_number(tidy(p.answer)) is not None
-                    else "words" if read_words(tidy(p.answer)) else "expression" for p in problems)
+    golds = [normalize(p.answer) for p in problems]
+    kinds = Counter("number" if read_number(gold, commas=False) is not None else
+                    "words" if read_words(gold) else "expression" for gold in golds)
     worked = [p.solution for p in problems if p.solution != f"\\boxed{{{p.answer}}}"]
     costs = lengths(worked) if worked else []
     levels = Counter(map(PAPER.level_of, costs))

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict, namedtuple
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from roi_lib.grading import readable
 from roi_lib.problems import Problem, closing_brace, is_generated
 from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
 
@@ -30,12 +31,17 @@ def read_row(row: Mapping) -> tuple[str, str, str]:
         return row["question"], answer, f"{re.sub('<<.*?>>', '', solution)}\\boxed{{{answer}}}"
     if "answer" in row:  # MATH-500 and AIME
         answer = str(row["answer"]).strip()
-        return row["problem"], answer, row.get("solution") or f"\\boxed{{{answer}}}"
+        return row["problem"], one_number(answer), row.get("solution") or f"\\boxed{{{answer}}}"
     text, answers = row["solution"], set()  # MATH: what all closed boxes hold
     for box in re.finditer(r"\\boxed\s*\{", text):
         if (end := closing_brace(text, box.end() - 1)) is not None:
             answers.add(text[box.end() : end].strip())
-    return row["problem"], answers.pop() if len(answers) == 1 else "", text
+    return row["problem"], one_number(answers.pop()) if len(answers) == 1 else "", text
+
+
+def one_number(gold: str) -> str:
+    """A gold answer of MATH like 58,500 is one number; grading takes a plain comma for a list's."""
+    return gold.replace(",", "{,}") if re.fullmatch(r"\d{1,3}(,\d{3})+", gold) else gold
 
 
 #: Hub id (also the folder's name below a local root), commit, configurations to join, all rows.
@@ -141,9 +147,10 @@ def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[tup
     return found
 
 
-def load_jsonl(path: Path) -> list[Problem]:
+def load_jsonl(path: Path, world: World) -> list[Problem]:
     """Your own problems: JSON Lines of {"problem", "answer", "tier"}, "solution" and "id" optional.
-    `ValueError` names file and line that are not such UTF-8 objects, or repeat an id or problem."""
+    `ValueError` names file and line that are not such UTF-8 objects, repeat an id or problem, or
+    hold an answer that the world's grader cannot read."""
     problems, seen = [], {}
     lines = enumerate(path.read_bytes().split(b"\n"), start=1)
     for number, line in ((number, line) for number, line in lines if line.strip()):
@@ -166,4 +173,8 @@ def load_jsonl(path: Path) -> list[Problem]:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}; each line "
                              "must be a JSON object of UTF-8 text") from error
         problems.append(Problem(str(row["id"]), *texts, path.stem))
+    for problem, fine in zip(problems, readable(world, [p.answer for p in problems]), strict=True):
+        if not fine:
+            raise ValueError(f"{path}, line {seen[problem.text]}: the grader of the world "
+                             f"{world.name} cannot read the answer {problem.answer!r}")
     return problems
