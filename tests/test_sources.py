@@ -12,11 +12,12 @@ from roi_lib.problems import Problem, problem_stream
 from roi_lib.store import sources
 from roi_lib.worlds import PAPER, POCKET
 
+FLAWS = [f"openai/gsm8k/main/{row}" for row in sources.KNOWN_FLAWS]
 COINS = "Ben has 3 coins and finds 2 more on his long way home,"
 
 
 @pytest.mark.parametrize(("family", "split", "kept", "left_out"), [
-    ("gsm8k", "train", 7473, []), ("gsm8k", "test", 1318, ["openai/gsm8k/main/test/454"]),
+    ("gsm8k", "train", 7458, FLAWS[:-1]), ("gsm8k", "test", 1318, FLAWS[-1:]),
     ("math", "train", 279, ["EleutherAI/hendrycks_math/intermediate_algebra/train/12"]),
     ("math", "test", 500, []), ("aime", "train", 90, []), ("aime", "test", 30, []),
 ])  # fmt: skip
