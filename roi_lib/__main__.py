@@ -16,6 +16,7 @@ from roi_lib import worlds
 from roi_lib.exams import draw_papers
 from roi_lib.problems import SPLITS
 from roi_lib.store import files, instances, papers, sources
+from roi_lib.training.recipes import PretrainRecipe
 from roi_lib.worlds import ORDERS, World, check_choice, get_world
 
 Omit = tyro.conf.OmitArgPrefixes  # a recipe's fields are options of their own
@@ -240,7 +241,7 @@ def tokenizer(stage: Omit[Stage]) -> None:
     make_tokenizer(world, stage.out or files.DATA / world.tokenizer, stage.data)
 
 
-def pretrain(recipe: Omit[worlds.PretrainRecipe], stage: Omit[Stage]) -> None:
+def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
     """Pre-train the base model of a world of generated problems, about an hour.
 
     Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base"""
@@ -306,7 +307,7 @@ def commands(world: World) -> tyro.extras.SubcommandApp:
     """All commands; the defaults of the recipes of training are those of the world."""
     app, train, stage = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp(), Stage(world.name)
     train.command(partial(tokenizer, stage=stage), name="tokenizer")
-    start = worlds.PretrainRecipe()
+    start = PretrainRecipe()
     for command, recipe in ((pretrain, start), (mft, world.mft), (rarl, world.rarl)):
         train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
     train.command(partial(ablations, recipe=replace(world.rarl, steps=120, exams=8),

@@ -174,27 +174,25 @@ def exact(text: str) -> str:
     return re.sub(r"(?<=\d),(?=\d)", ", ", text)
 
 
-def same_integer(gold: str, answer: str) -> bool:
-    """Whether two texts are the same integer; anything that is none is wrong."""
-    return bool(re.fullmatch(r"\s*[0-9]{1,1000}\s*", answer)) and int(answer) == int(gold)
-
-
 def grade(world: World, pairs: list[tuple[str, str | None]]) -> list[bool]:
     """Which answers earn the point, from pairs of gold answer and answer; each is graded once, and
     what a limit decides is logged. `RuntimeError`: math-verify does not start."""
     todo = sorted({pair for pair in pairs if pair[1] not in (None, "", SKIP_ANSWER)})
-    marks = verdicts(todo) if world.grader == "math" else [same_integer(*pair) for pair in todo]
-    for word, n in Counter(marks).items():
+    if world.grader == "integer":
+        right = {(gold, answer) for gold, answer in todo
+                 if re.fullmatch(r"\s*[0-9]{1,1000}\s*", answer) and int(answer) == int(gold)}
+        return [pair in right for pair in pairs]
+    marks = dict(zip(todo, verdicts(todo), strict=True))
+    for word, n in Counter(marks.values()).items():
         if word in ("too slow", "too big", "crashed"):
             log.warning("%d answers count as wrong because grading them was %s", n, word)
-    right = {pair for pair, mark in zip(todo, marks, strict=True) if mark in (True, "equal")}
-    return [pair in right for pair in pairs]
+    return [marks.get(pair) == "equal" for pair in pairs]
 
 
 def readable(world: World, golds: list[str]) -> list[bool]:
     """Which gold answers the world's grader can read, each once in another layout: what
     math-verify cannot read, it compares as text."""
-    if world.grader != "math":
+    if world.grader == "integer":
         return [re.fullmatch("[0-9]{1,1000}", gold) is not None for gold in golds]
     own = [normalize(gold) for gold in golds]
     plain = [read_number(gold) is not None or bool(read_words(gold)) for gold in own]

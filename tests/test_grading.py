@@ -259,12 +259,12 @@ def test_no_process_outlives_a_killed_one_for_long():
 
 
 def test_equal_pairs_are_graded_once_and_integers_without_threads(monkeypatch):
-    asked = []
-    monkeypatch.setattr(grading, "same_integer", lambda *pair: asked.append(pair) or True)
+    asked, answers = [], ["7", None, "7", "NA", "7", ""]
+    pairs = [("7", answer) for answer in answers]
+    monkeypatch.setattr(grading, "verdicts", lambda some: asked.extend(some) or ["equal"])
+    assert grade(PAPER, pairs) == [True, False] * 3 and asked == [("7", "7")]
     monkeypatch.setattr(grading, "ThreadPoolExecutor", None)
-    answers = ["7", None, "7", "NA", "7", ""]
-    assert grade(POCKET, [("7", answer) for answer in answers]) == [True, False] * 3
-    assert asked == [("7", "7")] and grade(POCKET, []) == []
+    assert grade(POCKET, pairs) == [True, False] * 3 and grade(POCKET, []) == []
 
 
 def test_rows_of_others(real_data):
@@ -276,8 +276,8 @@ def test_rows_of_others(real_data):
 
 
 BEHIND = (r"x|y|i|n|m|pi|tenths|halves|dozen|hundred|million|below zero|is wrong|or so|squared"
-          r"|short|factorial|mod 7|base 2|over 2|less|more|and a half|times 2|plus 1|maybe|sin x|!|^2"
-          r"|_2|\pi|x^2|\sqrt{2}|\ldots|...|\times 10|\cdot 2|+1|-1|/2|\text{ is wrong}|, 7|?|=8"
+          r"|short|factorial|mod 7|base 2|over 2|less|more|and a half|times 2|plus 1|maybe|sin x|!"
+          r"|^2|_2|\pi|x^2|\sqrt{2}|\ldots|...|\times 10|\cdot 2|+1|-1|/2|\text{ is wrong}|, 7|?|=8"
           r"|\text{ million}|\text{ dozen}|\text{ or more}|\text{ and } 7|\text{ short}|e|\%x")
 BEFORE = r"\text{not }|not |\neq |\approx |> |\ge |\pm |about |2 \cdot |-(|x |1/|7, |8 = |2^"
 

@@ -13,7 +13,8 @@ from roi_lib.exams import Exam, draw_papers, in_orders
 from roi_lib.store.checkpoints import load_model
 from roi_lib.training import common
 from roi_lib.training import pretrain as module
-from roi_lib.worlds import POCKET, PretrainRecipe
+from roi_lib.training.recipes import PretrainRecipe
+from roi_lib.worlds import POCKET
 
 TINY = PretrainRecipe(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, batch_tokens=512,
                       rows_at_once=16, steps=4, save_every=2, log_every=1)

@@ -22,7 +22,8 @@ from roi_lib.store import files
 from roi_lib.store.checkpoints import load_training_state, save_step
 from roi_lib.store.tokenizers import build_tokenizer
 from roi_lib.training import common
-from roi_lib.worlds import TIERS, PretrainRecipe, World
+from roi_lib.training.recipes import PretrainRecipe
+from roi_lib.worlds import TIERS, World
 
 
 def sample_row(env: Environment, recipe: PretrainRecipe, rng: random.Random) -> tuple[list, list]:
