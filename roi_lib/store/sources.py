@@ -77,7 +77,7 @@ def load_source(family: str, tier: str, split: str, root: Path | None) -> tuple[
     for config in source.configs:
         try:
             rows = datasets.load_dataset(place, config, split=split, revision=revision)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(f"cannot read {source.id} from {root or 'the hub'} ({error}); "
                                     "give a local folder with --data") from error
         for i, row in enumerate(rows):
