@@ -136,7 +136,7 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
         raise ValueError(f"temperature must be 0 (greedy) or above, not {comparison.temperature}")
     for name in {comparison.checkpoint(name): name for name in names}.values():
         comparison.environment(name).check_budget(min(budgets))
-    workers = default_workers(comparison, checkpoints) if workers is None else workers
+    workers = workers or default_workers(comparison, checkpoints)
     if workers == 1:
         return Results.join([run_method(comparison, name, budgets) for name in names])
     jobs = [(name, part) for name in names

@@ -19,7 +19,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-MANIFEST, LOCK = "manifest.json", ".roi_lib.lock"
+MANIFEST = "manifest.json"
 #: How the tables, JSON files and pictures begin that commands write: these may be replaced.
 OURS = re.compile(rb'(world,method|sweep,x|variant,budget|step),|\x89PNG.{,60}\0roi_lib|'
                   rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"|\Z', re.DOTALL)
@@ -120,7 +120,8 @@ def check_replaceable(folder: Path) -> None:
     """Refuse (`CheckpointError`) all but a new name, an empty folder, and a whole one of ours."""
     try:
         above = [path for path in folder.absolute().parents if path.exists()]
-        if folder.is_symlink() or is_there(folder) < folder.exists() or not above[0].is_dir():
+        other = not is_there(folder) and folder.exists()
+        if folder.is_symlink() or other or not above[0].is_dir():
             raise CheckpointError("a file, a device or a symlink is in its place")
         TemporaryDirectory(prefix=f".{folder.name}.", dir=above[0]).cleanup()  # is it read-only?
         if folder.exists() and any(folder.iterdir()):
@@ -173,6 +174,6 @@ def folder_lock(folder: Path):
     """Keep a folder to this process in a `with`; `ValueError`: another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / LOCK, timeout=0).acquire()
+        return FileLock(folder / ".roi_lib.lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(f"another process is writing {folder}; wait, or name another") from error

@@ -153,6 +153,7 @@ def load_jsonl(path: Path) -> list[Problem]:
                 raise ValueError("not a JSON object")
             boxed = f"\\boxed{{{row.get('answer')}}}"
             row = {"id": f"{path.stem}/{number}", "solution": boxed} | row
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate, escaped, is no text
             texts = [row.get(field) for field in ("problem", "answer", "solution", "tier")]
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("problem, answer, tier and solution must be texts, not empty")

@@ -40,8 +40,9 @@ def run_folder(work: Path, recipe, world: World, **start) -> Iterator[None]:
         run = json.loads(json.dumps(asdict(recipe) | {"world": world.name} | start))
         path = work / "recipe.json"
         found = files.read_json(path) if path.exists() else run
-        if not path.exists() and {p.name for p in work.iterdir()} - {files.LOCK, "output.txt"}:
-            raise ValueError(f"{work} holds files of something else; choose another --work")
+        if not path.exists() and [*work.glob("log.csv"), *work.glob("checkpoint-*")]:
+            raise ValueError(f"{work} holds the log or states of no run of ours; choose another "
+                             "--work")
         other = sorted(key for key in found | run if found.get(key) != run.get(key))
         if other:
             raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
