@@ -3,6 +3,7 @@
 Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128"""
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -81,13 +82,10 @@ class ExamRun(Run):
 
 
 def check_writable(**options: Path | None) -> None:
-    """Refuse output files that cannot be written before the work starts."""
+    """Refuse output files that cannot be written, or are not ours, before the work starts."""
     for name, path in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if path and not path.parent.is_dir():
-            raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
-        if path and path.exists() and not path.is_file():
-            raise ValueError(f"{option} names something that is no file: {path}")
+        if path:
+            files.check_file(path, f"--{name.replace('_', '-')}")
 
 
 def exam_papers(args: ExamRun, world: World):
@@ -146,7 +144,7 @@ def exam(args: Omit[ExamRun]) -> None:
         first = records[records["method"] == records["method"].iloc[0]]
         figure = (plots.score_split(records, int(records["budget"].min()))
                   if "rational" in records else plots.tokens_by_position(first))
-        figure.savefig(args.plot)
+        figure.savefig(args.plot, format="png", metadata={"Software": "roi_lib"})
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
     print("wrote " + ", ".join(wrote) if wrote else "--out, --save and --plot write all of it")
     report(args, results, records)
@@ -298,8 +296,10 @@ def seeds(checkpoints: Positional[tuple[str, ...]], out: Path) -> None:
     Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv"""
     from roi_lib.experiments.ablations import write_seeds
     check_writable(out=out)
-    pairs = [word.partition("=") for word in checkpoints]
-    write_seeds([(int(seed), Path(folder)) for seed, _, folder in pairs], out)
+    pairs = [re.fullmatch(r"(\d{1,9})=(.+)", word) for word in checkpoints]
+    if not pairs or None in pairs:
+        raise ValueError("give each checkpoint as SEED=FOLDER, such as 0=data/pocket-rarl")
+    write_seeds([(int(pair[1]), Path(pair[2])) for pair in pairs], out)
     print(f"wrote {out}")
 
 

@@ -40,7 +40,7 @@ def test_a_run_its_continuation_and_a_variant_that_fails(tokenizer, tmp_path, re
     assert kept and {path: path.stat().st_mtime_ns for path in work.rglob("step-*/*")} == kept
 
 
-def test_the_table_of_seeds_has_the_start_once(tmp_path):
+def test_the_table_of_seeds_has_the_start_once_and_replaces_nothing_else(tmp_path, refusal):
     rows = pd.read_csv(DATA / "pocket-rarl/exam.csv")
     for seed in range(2):
         (tmp_path / str(seed)).mkdir()
@@ -52,3 +52,12 @@ def test_the_table_of_seeds_has_the_start_once(tmp_path):
     assert list(found) == COLUMNS and found["score"].tolist()[6:] == [0] * 6 + [0.25] * 6
     assert found["seed"].tolist() == [""] * 6 + ["0"] * 6 + ["1"] * 6
     assert (tmp_path / "seeds" / "1.csv").read_text() == "step\n1\n"
+    (tmp_path / "seeds" / "0.csv").write_text("mine")
+    table = (tmp_path / "seeds.csv").read_bytes()
+    for name, words in (("seeds.csv", "seeds/0.csv; move it"), ("seeds", "no file"),
+                        ("new", "the logs go to a folder")):
+        assert words in refusal(write_seeds, [(0, tmp_path / "1")], tmp_path / name)
+    (tmp_path / "0" / "exam.csv").write_text("[]")
+    assert "0/exam.csv is no log or table" in refusal(write_seeds, [(0, tmp_path / "0")],
+                                                      tmp_path / "x.csv")
+    assert (tmp_path / "seeds.csv").read_bytes() == table

@@ -9,6 +9,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from roi_lib.engines import engine_for
 from roi_lib.store import checkpoints
 from roi_lib.store.checkpoints import load_environment, load_model, load_tokenizer
 from roi_lib.store.files import DATA, newest_complete
@@ -163,6 +164,8 @@ def test_a_tokenizer_that_does_not_fit_its_model_is_refused(refusal):
     assert ("'pocket-base' knows 264 tokens, the tokenizer 4,096: they do not belong together; "
             "save its own") in refusal(load_environment, PAPER, "pocket-base")
     assert "do not belong" in refusal(load_environment, POCKET, "pocket-base", "gsm8k-bpe")
+    model, other = load_model("pocket-base"), load_tokenizer("gsm8k-bpe")
+    assert "pocket-base' knows 264 tokens, the tokenizer 4,096" in refusal(engine_for, model, other)
 
 
 # ---------------------------------------------------------------- the state of a training run

@@ -95,7 +95,14 @@ exam --out .: --out names something that is no file; exam --plot no/x.png: the f
 sweep weather --out x.csv: budget, problems; sweep mix --out no/x.csv: the folder of --out
 osmckp own.json: own.json; bench osmckp --out no/x.json: the folder of --out
 diagnose none.csv: none.csv; snapshots --work none --out x.json: none
-seeds 0=none --out x.csv: none; train rarl --engine server --out x: needs TRL's trainer
+seeds 0=none --out x.csv: none; seeds --out x.csv: SEED=FOLDER; seeds x=1 --out x.csv: SEED=FOLDER
+exam --methods --exams 2: there is no method; sweep mix --methods --out x.csv: there is no method
+exam --temperature nan --methods base,rarl --workers 2 --exams 2: temperature must be 0
+exam --budgets 64,4 --methods base,rarl --workers 2 --exams 2: give at least 5 tokens
+exam --out own.json: own.json; exam --save /dev/null: is not replaced
+sweep mix --out own.json: own.json; bench osmckp --out own.json: own.json
+train ablations --out own.json: own.json; train rarl --out /dev/null: is not replaced
+train rarl --engine server --out x: needs TRL's trainer
 train rarl --budgets 64,4 --out x: give at least 5 tokens; train rarl --out .: is not replaced
 train rarl --model no-such-folder --out x: name a local folder; train mft --out .: is not replaced
 train pretrain --out .: is not replaced; train tokenizer --out .: is not replaced
@@ -109,3 +116,4 @@ def test_bad_input_is_one_sentence_and_costs_nobody_a_file(run, tmp_path, case):
     status, _, error = run(command)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert words in error and [path.name for path in tmp_path.iterdir()] == ["own.json"]
+    assert (tmp_path / "own.json").read_text() == "{"

@@ -208,9 +208,39 @@ def test_bad_lines_and_the_logs_of_other_runs_are_named(path, refusal):
         told = refusal(RunLog, path, HEADER | {key: "other"})
         assert f"log of another run: its {key} is" in told
     rows = path.read_bytes().split(b"\n")
-    for line in (b"{", b"[]", b'{"key": "x"}', b'{"key": "x", "rollouts": [{"a": 1}]}', b"\xff"):
+    for line in (b"{", b"[]", b'{"key": "x"}', b'{"key": "x", "rollouts": [{"a": 1}]}', b"\xff",
+                 b"[" * 100_000, b"9" * 5_000):
         path.write_bytes(b"\n".join([*rows[:2], line, *rows[3:]]))
         assert "log.jsonl, line 3: not a line of a run log" in refusal(RunLog, path, HEADER)
+
+
+ROW = {"ids": [7, 3], "finished": True, "overrun": 0, "failed": ""}
+
+
+@pytest.mark.parametrize("change", [
+    *({"ids": ids} for ids in ([-1], [264], [2**70], [1.0], [True], ["7"], [[7]], [None], None, 7)),
+    {"finished": 1}, {"overrun": "2"}, {"failed": None}, {"more": 1}])
+def test_a_row_that_holds_no_tokens_is_named(path, refusal, change):
+    head, _, *rows = path.read_text().split("\n")
+    row = json.dumps({"key": "x", "rollouts": [ROW, ROW | change]})
+    path.write_text("\n".join([head, row, *rows]))
+    assert "line 2: not a line of a run log" in refusal(RunLog, path, HEADER, 264)
+
+
+def test_a_row_beyond_its_budget_is_cut_and_that_is_said(path, refusal):
+    lines = list(map(json.loads, path.read_text().splitlines()))
+    lines[1]["rollouts"][0]["ids"] = [7] * 8
+    lines[2]["rollouts"][0]["ids"] = [7] * 30 + [3]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.warns(UserWarning, match="longer than its budget of 8 tokens is cut") as told:
+        whole, cut, other = LoggedEngine(None, RunLog(path, HEADER)).generate(REQUESTS)
+    assert len(told) == 1 and whole == [Rollout((7,) * 8, True)] and other[0].finished
+    assert cut == [Rollout((7,) * 8, False, 23)]
+    for n in (0, 2):
+        lines[3]["rollouts"] = [ROW] * n
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        replay = LoggedEngine(None, RunLog(path, HEADER))
+        assert f"{n} responses, but 1 are" in refusal(replay.generate, REQUESTS[2:])
 
 
 def test_progress_shows_only_where_it_takes_long(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Methods: Greedy Knapsack step by step, workers, logs, and what is refused before anything."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -81,8 +82,8 @@ def test_workers_change_nothing_and_repetitions_neither():
 
 def test_what_happens_in_a_worker_is_told(refusal):
     dying = type("Dying", (), {"__reduce__": lambda _: (os._exit, (1,))})()  # when it is unpickled
-    comparison = Comparison(POCKET, PAPERS[:1], temperature=-1.0)
-    assert "temperature must be 0" in refusal(run_methods, comparison, ["base"], [16], 2)
+    comparison = Comparison(POCKET, PAPERS[:1], engine=EngineConfig("replay"))
+    assert "lacks 1 of 1" in refusal(run_methods, comparison, ["base"], [16], 2)
     comparison = replace(comparison, engine=EngineConfig(options={"max_rows": dying}))
     with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
         run_methods(comparison, ["base"], [16], workers=2)
@@ -97,6 +98,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_sat(refusal, monkeypa
                                   (["base", "rational"], [64], "give a multiple of 4"),
                                   (["base"], [64, 4], "budget 4 is smaller")):
         assert words in refusal(run_methods, comparison, names, budgets)
+    for temperature in (-1.0, math.nan, math.inf):
+        comparison = Comparison(POCKET, PAPERS, temperature=temperature)
+        assert "temperature must be 0" in refusal(run_methods, comparison, ["replay"], [64], 2)
 
 
 def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):

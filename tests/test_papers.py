@@ -52,7 +52,8 @@ def test_a_list_of_another_seed_or_with_a_repeated_problem_is_refused(refusal):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("world", "moon"), ("world", ["pocket"]), ("split", "dev"), ("split", None), ("seed", "0"),
-    ("seed", True), ("orders", ["odd"]), ("orders", {}), ("tiers", []), ("tiers", 3),
+    ("seed", True), ("seed", -1), ("papers", [["a"], ["a", "b"]]), ("orders", ["odd"]),
+    ("orders", {}), ("tiers", []), ("tiers", 3),
     ("papers", []), ("papers", [[]]), ("papers", [3]), ("papers", [[["a"], "b", "c"]]),
     ("papers", {"a": 1}), ("fingerprint", 3)])
 def test_a_wrong_field_is_named(tmp_path, refusal, field, value):

@@ -62,6 +62,9 @@ def test_every_model_that_was_kept_is_looked_at(env, monkeypatch, tmp_path, refu
             SMALL_RARL, steps=1, snapshots=kept), tmp_path / name)
     for names, words in (("none", "name the --work"), ("none other", "different starts")):
         assert words in refusal(snapshots.find_snapshots, [tmp_path / n for n in names.split()])
+    (tmp_path / "1" / "snapshots" / "step-best").mkdir()  # a user's own
+    (tmp_path / "none" / "recipe.json").write_text("[]")
+    assert "recipe.json is cut" in refusal(snapshots.find_snapshots, [tmp_path / "none"])
     monkeypatch.setattr(snapshots, "find_example", lambda *_: 1)
     monkeypatch.setattr(snapshots, "load_environment", lambda _: env)
     found = snapshots.snapshot_report(POCKET, [tmp_path / "1", tmp_path / "0"], 4, seed=3)

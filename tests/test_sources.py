@@ -164,7 +164,8 @@ def test_a_row_that_cannot_be_used_is_refused_with_file_and_line(tmp_path, refus
 @pytest.mark.parametrize(("content", "words"), [
     (b"{oops}", "line 1: Expecting"), (b"[1]", "line 1: not a JSON object"),
     ('{"problem": "é"}'.encode("latin-1"), "UTF-8"), (b"[" * 100_000, "line 1: "),
-    (b'{"problem": ' + b"9" * 5_000 + b"}", "line 1: ")])  # fmt: skip
+    (b'{"problem": ' + b"9" * 5_000 + b"}", "line 1: "),
+    (b'{"solution": "\\ud800"}', "line 1: 'utf-8' codec can't encode")])  # fmt: skip
 def test_a_line_of_any_content_is_one_sentence(tmp_path, refusal, content, words):
     path = tmp_path / "own.jsonl"
     path.write_bytes(content)

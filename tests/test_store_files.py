@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from roi_lib.store import files
+from roi_lib.store.checkpoints import locate
 
 SHIPPED = sorted(path.parent for path in files.DATA.glob("*/manifest.json"))
 
@@ -45,7 +46,7 @@ FOREIGN = {
         place, "manifest.json", '{"name": "a web page", "icons": []}'),
     "a link to a folder of ours": lambda place: (
         ours(place.with_name("elsewhere")), place.symlink_to("elsewhere")),
-    "a dangling link": lambda place: place.symlink_to("nowhere"),
+    "a dangling link": lambda place: place.symlink_to("nowhere"), "a device": os.mkfifo,
     "ours with a file": lambda place: (ours(place), foreign(place)),
     "ours with a folder": lambda place: (ours(place), foreign(place / "notes")),
     "ours with a link": lambda place: (ours(place), (place / "p").symlink_to(place.parent)),
@@ -105,7 +106,49 @@ def test_a_text_never_replaces_a_folder_a_device_or_a_link(tmp_path, refusal):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "link").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("text", [
+    "years of work", '{\n "cells": [', "\x89PNG of a user", "name,score\n", '["world"]'])
+def test_a_file_that_is_not_ours_or_read_only_is_no_output(tmp_path, text, refusal):
+    place, folder = tmp_path / "out", tmp_path / "folder"
+    for allowed in ("", "world,method,model\n", "step,budget\n", '{\n "world": "pocket"'):
+        place.write_text(allowed)
+        files.check_file(place)
+    place.chmod(0o444)
+    assert "read-only or not ours" in refusal(files.check_file, place)
+    place.chmod(0o644)
+    place.write_text(text)
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("folder/new")
+    for path, words in ((place, "read-only or not ours"), (folder, "names something that is no"),
+                        (tmp_path / "link", "names something that is no")):
+        assert words in refusal(files.check_file, path, "--plot")
+    assert place.read_text() == text and not list(folder.iterdir())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that nobody can write")
+def test_a_place_that_cannot_be_written_is_refused_before_the_work():
+    for check in (files.check_file, files.check_replaceable):
+        with pytest.raises(OSError, match="/proc/"):
+            check(files.Path("/proc/out"))
+
+
 # ---------------------------------------------------------------- whole or not there
+def test_a_kill_between_the_renames_is_made_good(tmp_path, monkeypatch):
+    write(tmp_path / "out", weights="one")
+    foreign(tmp_path / ".out.notes.earlier")
+    killed = run("import os, signal; from pathlib import Path; from roi_lib.store import files\n"
+                 "rename = Path.rename\n"
+                 "Path.rename = lambda *names: (rename(*names), os.kill(os.getpid(), 9))\n"
+                 f"files.write_folder(Path({str(tmp_path / 'out')!r}),\n"
+                 "    lambda path: (path / 'weights').write_text('two'))")
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert not files.is_there(tmp_path / "out"), "the writer may be alive"
+    now = files.time.time()
+    monkeypatch.setattr(files.time, "time", lambda: now + 100)
+    assert locate(str(tmp_path / "out")) and (tmp_path / "out" / "weights").read_text() == "one"
+    assert (tmp_path / ".out.notes.earlier" / "thesis.tex").exists()
+
+
 def test_a_killed_save_leaves_the_earlier_folder(tmp_path):
     write(tmp_path / "step-1", weights="one")
     killed = run("import os, signal; from pathlib import Path\n"

@@ -57,6 +57,18 @@ def test_a_work_folder_of_another_recipe_is_refused(tmp_path, refusal):
     assert "holds a run with another rate, start, which" in refusal(other.__enter__)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "", "[" * 100_000, "9" * 5_000, "\x00"])
+def test_a_work_folder_of_any_content_is_one_sentence(tmp_path, refusal, text):
+    (tmp_path / "log.csv").write_text(text)
+    enter = common.run_folder(tmp_path, Recipe(), POCKET).__enter__
+    assert "holds the log or states of no run of ours" in refusal(enter)
+    assert "log.csv is no log" in refusal(common.TrainingLog, tmp_path, ("step", "seconds"))
+    assert (tmp_path / "log.csv").read_text() == text
+    (tmp_path / "recipe.json").write_text(text)
+    enter = common.run_folder(tmp_path, Recipe(), POCKET).__enter__
+    assert "recipe.json is cut short or no JSON of ours" in refusal(enter)
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
 @pytest.mark.parametrize("size", [10, 10**6])
 def test_a_full_disk_is_an_os_error_whatever_torch_calls_it(tmp_path, size):

@@ -41,14 +41,15 @@ class EngineConfig:
             return engine_for(load_model(checkpoint, dtype).to(device), tokenizer, **self.options)
         return None
 
-    def logged(self, engine: Engine | None, method: str, budget: int, run: dict) -> LoggedEngine:
-        """The engine behind its log; `run` is the log's header, with the checkpoint as "model"."""
+    def logged(self, engine: Engine | None, method: str, budget: int, run: dict,
+               vocabulary: int = 2**31) -> LoggedEngine:
+        """The engine behind its log; `run`: its header, with the checkpoint; see `RunLog`."""
         what, model = f"{method}-{budget}", run["model"]
         header = run | {"method": method, "budget": budget, "model": (model_hash(model), model)}
         if self.name != "replay":  # which takes any engine's log
             header |= {"engine": self.name, "dtype": self.dtype,
                        "model": model if self.name == "openai" else model_hash(model)}
-        log = RunLog(self.log / f"{what}.jsonl", header) if self.log else None
+        log = RunLog(self.log / f"{what}.jsonl", header, vocabulary) if self.log else None
         return LoggedEngine(engine, log, what if self.progress else None)
 
 

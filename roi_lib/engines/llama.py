@@ -10,6 +10,7 @@ from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from roi_lib.generation import TorchEngine
+from roi_lib.store.checkpoints import check_tokenizer
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -176,6 +177,7 @@ class LlamaEngine(TorchEngine):
 
 
 def engine_for(model, tokenizer, **options) -> TorchEngine:
-    """The torch engine of a model: a `LlamaEngine` where it fits."""
+    """The torch engine of a model: a `LlamaEngine` where it fits; see `check_tokenizer`."""
+    check_tokenizer(model.config, tokenizer, model.name_or_path or "the model")
     kind = LlamaEngine if LlamaEngine.fits(model.config) else TorchEngine
     return kind.of(model, tokenizer, **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from roi_lib.generation import Engine, Request, Rollout, Stream
+from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
 
 BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
 
@@ -29,13 +29,22 @@ def request_key(request: Request, temperature: float) -> str:
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
 
 
+def read_rollout(row: dict, vocabulary: int) -> Rollout:
+    """A rollout from its row of a log; `TypeError` or `ValueError` where it is none."""
+    r = Rollout(**row | {"ids": tuple(row["ids"])})
+    if [type(r.finished), type(r.overrun), type(r.failed)] != [bool, int, str] or not all(
+            type(i) is int and 0 <= i < vocabulary for i in r.ids):
+        raise ValueError(f"a field is of another type, or an id is none of {vocabulary:,} tokens")
+    return r
+
+
 class RunLog:
     """One log file, continued if it exists; without a path, a log in memory. `header` says what the
     run is, JSON-ready: world, model, seed, the tokenizer's name where one is given and so on; to
-    read a log, a value may be a tuple of those that will do. `ValueError`: the log of another run,
-    or a bad line, with file and line."""
+    read a log, a value may be a tuple of those that will do. `vocabulary`: the tokenizer's size.
+    `ValueError`: the log of another run, or a bad line, with file and line."""
 
-    def __init__(self, path: Path | None, header: dict) -> None:
+    def __init__(self, path: Path | None, header: dict, vocabulary: int = 2**31) -> None:
         self.path, self.header = path, header
         self.rows: dict[str, list[Rollout]] = {}
         lines = path.read_bytes().split(b"\n") if path and path.exists() else [b""]
@@ -45,11 +54,10 @@ class RunLog:
             try:
                 row = json.loads(line)
                 if number > 1:
-                    self.rows[row["key"]] = [Rollout(**r | {"ids": tuple(r["ids"])})
-                                             for r in row["rollouts"]]
+                    self.rows[row["key"]] = [read_rollout(r, vocabulary) for r in row["rollouts"]]
                     continue
                 found = dict(row["run"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not a line of a run log ({error}); "
                                  "remove the line or the file") from error
             for key, value in header.items():
@@ -57,6 +65,17 @@ class RunLog:
                 if found.get(key) not in wanted:
                     raise ValueError(f"{path} is the log of another run: its {key} is "
                                      f"{found.get(key)!r}, not {wanted[0]!r}; name another folder")
+
+    def read(self, key: str, request: Request) -> list[Rollout]:
+        """The rollouts of a request, cut to its budget; `ValueError`: another number of them."""
+        rollouts, budget = self.rows[key], request.budget
+        if len(rollouts) != request.n:
+            raise ValueError(f"{self.path}, key {key}: {len(rollouts)} responses, but {request.n} "
+                             "are asked for; remove the line or the file")
+        if any(len(r.ids) > budget for r in rollouts):
+            warnings.warn(f"{self.path}, key {key}: a response longer than its budget of {budget} "
+                          "tokens is cut", stacklevel=3)
+        return [within_budget(r.ids, budget, ()) if len(r.ids) > budget else r for r in rollouts]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -100,7 +119,7 @@ class LoggedEngine(Engine):
         if missing and self.engine is None:
             raise ValueError(f"{self.log.path or 'no --log: it'} lacks {len(missing)} of "
                              f"{len(keys)} responses; ask for the exams, budgets and seed it has")
-        yield from [(i, known[key]) for i, key in enumerate(keys) if key in known]
+        yield from [(i, self.log.read(k, requests[i])) for i, k in enumerate(keys) if k in known]
         if not missing:
             return
         with self.log.writing(), tqdm(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from roi_lib.exams import draw_papers
 from roi_lib.experiments.diagnosis import diagnose
 from roi_lib.store.checkpoints import load_environment, load_model
-from roi_lib.store.files import write_csv
+from roi_lib.store.files import check_file, read_csv, write_csv
 from roi_lib.training.rarl import PAPERS_SEED, measure, train
 from roi_lib.worlds import RARLRecipe, World, check_choice
 
@@ -67,6 +67,7 @@ def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Seque
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)
+    check_table(out, names)
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
         runs = {name: executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
                                       pools) for name in names}
@@ -84,11 +85,21 @@ def write_seeds(checkpoints: Sequence[tuple[int, Path]], out: Path) -> None:
     """Checkpoints of RARL, (seed of the training, folder), in one table; the start, the same for
     all, comes once, and the logs become TABLE/SEED.csv. `OSError`: no `exam.csv` or `log.csv`."""
     tables = []
+    check_table(out, [str(seed) for seed, _ in checkpoints])
     for seed, folder in checkpoints:
-        rows = pd.read_csv(folder / "exam.csv").rename(columns={"method": "variant"})
+        rows = read_csv(folder / "exam.csv", ["method"]).rename(columns={"method": "variant"})
         rows["seed"] = rows["variant"].map({"rarl": seed}).astype("Int64")
         tables.append(rows[rows["variant"] != "start"] if tables else rows)
     write_table(out, tables, {str(seed): folder / "log.csv" for seed, folder in checkpoints})
+
+
+def check_table(out: Path, names: Sequence[str]) -> None:
+    """Refuse, before the work, a table or logs that could not be written or are not ours."""
+    check_file(out)
+    if (logs := out.with_suffix("")) == out:
+        raise ValueError(f"the logs go to a folder {out}; give the table another --out, as x.csv")
+    for name in names if logs.exists() else ():
+        check_file(logs / f"{name}.csv")
 
 
 def write_table(out: Path, tables: Iterable[pd.DataFrame], logs: dict[str, Path]) -> pd.DataFrame:

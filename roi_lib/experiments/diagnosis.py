@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from roi_lib.store.files import read_csv
 from roi_lib.training.rarl import COLUMNS, LARGEST_GAP
 
 #: One cause that fits a log: its name, the number that shows it, and what to try.
@@ -52,12 +53,7 @@ def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Find
 
 def diagnose(log: Path) -> list[Finding]:
     """The known causes that fit a training log; `ValueError` where it is none, or has no row."""
-    try:
-        rows = pd.read_csv(log)
-        if missing := [column for column in COLUMNS if column not in rows]:
-            raise ValueError(f"it has no column {missing[0]!r}")
-    except ValueError as error:  # those of pandas too
-        raise ValueError(f"{log} is no log of RARL: {error}") from error
+    rows = read_csv(log, COLUMNS)
     if rows.empty:
         raise ValueError(f"{log} has no step yet; let the training do a few")
     rows = rows[list(COLUMNS)]

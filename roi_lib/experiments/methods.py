@@ -58,6 +58,11 @@ class Comparison:
                                   "python -m roi_lib train --help), or leave the method out")
         return own
 
+    def environment(self, name: str) -> Environment:
+        """World and tokenizer of a method; a server's chat is charged as the world's."""
+        chat = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
+        return load_environment(self.world, None if chat else self.checkpoint(name), self.tokenizer)
+
 
 @dataclass
 class Results:
@@ -82,6 +87,8 @@ def find_methods(world: World, names: Sequence[str]) -> list[str]:
     """The world's methods of these names; "all": every one whose checkpoint is on this machine."""
     here = [name for name, method in world.methods.items()
             if method.checkpoint and locate(method.checkpoint)]
+    if not names:
+        raise ValueError(f"there is no method to compare; name some of {', '.join(world.methods)}")
     for name in set(names) - {"all"}:
         world.method(name)
     if "all" in names and not here:
@@ -94,9 +101,7 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
     """Let one method sit all papers in the comparison's orders under every budget; `ValueError`:
     unknown method, checkpoint not to be had, a budget too small, or the log of another run."""
     world, config, method = comparison.world, comparison.engine, comparison.world.method(name)
-    checkpoint = comparison.checkpoint(name)
-    chat = config.name == "openai" and config.options.get("api") == "chat"  # charged as the world's
-    env = load_environment(world, None if chat else checkpoint, comparison.tokenizer)
+    checkpoint, env = comparison.checkpoint(name), comparison.environment(name)
     env.check_budget(min(budgets))
     if method.checkpoint is None:
         exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
@@ -106,7 +111,8 @@ def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Res
         engine = config.make(checkpoint, env.tokenizer, world.dtype)
         run = {"world": world.name, "model": checkpoint, "seed": comparison.seed,
                "tokenizer": comparison.tokenizer}
-        engines = {budget: config.logged(engine, name, budget, run) for budget in budgets}
+        engines = {budget: config.logged(engine, name, budget, run, len(env.tokenizer))
+                   for budget in budgets}
     if method.strategy == "rational":
         return run_rational(comparison, name, env, engines[max(budgets)], budgets)
     run_one = run_knapsack if method.strategy == "knapsack" else run_whole
@@ -126,6 +132,10 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
     checkpoints = [comparison.checkpoint(name) for name in names]
     if rational:
         check_samples(comparison.samples)
+    if not 0 <= comparison.temperature < np.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or above, not {comparison.temperature}")
+    for name in {comparison.checkpoint(name): name for name in names}.values():
+        comparison.environment(name).check_budget(min(budgets))
     workers = workers or default_workers(comparison, checkpoints)
     if workers == 1:
         return Results.join([run_method(comparison, name, budgets) for name in names])

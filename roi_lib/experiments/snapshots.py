@@ -1,6 +1,5 @@
 """The moment at which a run of RARL learns to skip: the models it kept, side by side."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from roi_lib.problems import Problem
 from roi_lib.rarl import STYLE, completion_logprobs, pad_right, problem_rewards
 from roi_lib.sitting import responses, sit
 from roi_lib.store.checkpoints import load_environment, load_model
+from roi_lib.store.files import read_json
 from roi_lib.worlds import ORDERS, World
 
 #: How the exam that is shown was chosen; no later model has a say in it.
@@ -25,11 +25,12 @@ RULE = ("the first unseen paper in the hard order under the smallest budget on w
 def find_snapshots(works: Sequence[Path]) -> dict[int, Path]:
     """Step -> folder of the models below `WORK/snapshots` of runs of one recipe and seed, earliest
     first; `ValueError`: there are none, or two runs had different starts."""
-    if len({json.loads((work / "recipe.json").read_text())["start"] for work in works}) > 1:
+    if len({str(read_json(work / "recipe.json").get("start")) for work in works}) > 1:
         raise ValueError(f"the runs {', '.join(map(str, works))} had different starts; name runs "
                          "of one recipe and seed")
     folders = {int(folder.name.split("-")[1]): folder
-               for work in works for folder in (work / "snapshots").glob("step-*")}
+               for work in works for folder in (work / "snapshots").glob("step-*[0-9]")
+               if folder.name[5:].isdigit()}
     if not folders:
         raise ValueError(f"{works[0]} has no snapshots; name the --work of a `train rarl` whose "
                          "recipe keeps some (--snapshots 0,20,40)")

@@ -24,7 +24,7 @@ logging.disable_progress_bar()  # a bar for a file of 3 MB is noise in a noteboo
 
 def locate(name: str) -> Path | None:
     """A checkpoint folder: a path, or a name below `data/`; None where neither exists."""
-    return next((path for path in (Path(name), DATA / name) if name and path.is_dir()), None)
+    return next((p for p in (Path(name), DATA / name) if name and files.is_there(p)), None)
 
 
 def hub_id(name: str) -> tuple[str, str]:

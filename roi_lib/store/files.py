@@ -5,9 +5,13 @@ renamed: a killed run leaves the earlier one. Only what is as its manifest says 
 
 import hashlib
 import json
+import re
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,18 +20,48 @@ from filelock import FileLock, Timeout
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 MANIFEST = "manifest.json"
+#: How the tables, JSON files and pictures begin that commands write: these may be replaced.
+OURS = re.compile(rb'(world,method|sweep,x|variant,budget|step),|\x89PNG.{,60}\0roi_lib|'
+                  rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"|\Z', re.DOTALL)
 
 
 class CheckpointError(ValueError):
     """A file or folder is missing, incomplete, changed, not ours, or does not fit its use."""
 
 
-def read_json(path: Path):
-    """The content of a JSON file of any origin; `CheckpointError` where it is none."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of any origin; `CheckpointError` where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8-sig")), dict):
+            return found
+        raise ValueError("it holds no object")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is cut short or no JSON ({error})") from error
+        raise CheckpointError(f"{path} is cut short or no JSON of ours ({error})") from error
+
+
+def read_csv(path: Path, columns: Collection[str]) -> pd.DataFrame:
+    """A table from a CSV file of any origin; `CheckpointError` where it lacks one of `columns`."""
+    try:
+        table = pd.read_csv(path)
+        if missing := [column for column in columns if column not in table]:
+            raise ValueError(f"it has no column {missing[0]!r}")
+    except ValueError as error:  # those of pandas too
+        raise CheckpointError(f"{path} is no log or table of ours: {error}") from error
+    return table
+
+
+def check_file(path: Path, option: str = "--out") -> None:
+    """Refuse, before the work, an output file that is not ours to replace, or not to be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {option} does not exist: {path.parent}")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{option} names something that is no file: {path}")
+    if path.exists():
+        with path.open("rb") as stream:
+            if not OURS.match(stream.read(100)) or not path.stat().st_mode & 0o200:
+                raise ValueError(f"{option} names a file that is read-only or not ours, {path}; "
+                                 "move it away, or name another one")
+    TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent).cleanup()  # `OSError`: read-only
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +107,7 @@ def write_manifest(folder: Path) -> None:
 def verify_folder(folder: Path, exactly: bool = False) -> None:
     """`CheckpointError`: a file of the manifest is missing or changed, or (`exactly`) not in it."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    if not isinstance(manifest, dict) or not manifest:
+    if not manifest:
         raise CheckpointError(f"{folder} is not there, not whole or not ours: no valid {MANIFEST}")
     found = _facts(folder)
     for name in [*manifest, *found] if exactly else manifest:
@@ -85,13 +119,27 @@ def verify_folder(folder: Path, exactly: bool = False) -> None:
 def check_replaceable(folder: Path) -> None:
     """Refuse (`CheckpointError`) all but a new name, an empty folder, and a whole one of ours."""
     try:
-        if folder.is_symlink() or any(map(Path.is_file, [folder, *folder.parents])):
-            raise CheckpointError("a file or a symlink is in its place")
+        above = [path for path in folder.absolute().parents if path.exists()]
+        other = not is_there(folder) and folder.exists()
+        if folder.is_symlink() or other or not above[0].is_dir():
+            raise CheckpointError("a file, a device or a symlink is in its place")
+        TemporaryDirectory(prefix=f".{folder.name}.", dir=above[0]).cleanup()  # is it read-only?
         if folder.exists() and any(folder.iterdir()):
             verify_folder(folder, exactly=True)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is not replaced: {error}; move it away, or "
                               "name another --out") from error
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder is there; one that a kill between `write_folder`'s renames hid is put back,
+    but after a minute only: no writer alive takes that long between the two."""
+    for earlier in folder.parent.glob(f".{escape(folder.name)}.*.earlier"):
+        with suppress(CheckpointError):
+            if not folder.exists() and time.time() - earlier.stat().st_ctime > 60:
+                verify_folder(earlier, exactly=True)
+                earlier.rename(folder)
+    return folder.is_dir()
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -105,7 +153,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         write_manifest(fresh)
         check_replaceable(folder)  # again: filling may have taken hours
         if folder.exists():
-            folder.rename(earlier)  # stopped here, it is whole under that name
+            folder.rename(earlier)  # stopped here, `is_there` puts it back
         fresh.rename(folder)
     shutil.rmtree(earlier, ignore_errors=True)
 

@@ -46,12 +46,13 @@ def read_paper_list(path: Path) -> PaperList:
             isinstance(one, kind) and (one in known or not known) for one in value)
 
     content = read_json(path)
-    get = content.get if isinstance(content, dict) else {}.get
+    get = content.get
     right = {
         "world": get("world") in list(WORLDS), "split": get("split") in SPLITS,
-        "seed": type(get("seed")) is int, "orders": is_list(get("orders"), known=ORDERS),
-        "tiers": is_list(get("tiers"), known=TIERS), "fingerprint": type(get("fingerprint")) is str,
-        "papers": is_list(get("papers"), list) and all(map(is_list, get("papers")))}
+        "seed": type(get("seed")) is int and get("seed") >= 0,
+        "orders": is_list(get("orders"), known=ORDERS), "tiers": is_list(get("tiers"), known=TIERS),
+        "papers": is_list(get("papers"), list) and all(map(is_list, get("papers")))
+        and len(set(map(len, get("papers")))) == 1, "fingerprint": type(get("fingerprint")) is str}
     if wrong := [name for name, fine in right.items() if not fine]:
         raise ValueError(f"{path}: {wrong[0]} is not what a list of papers has there; make it anew "
                          "with --write-papers")

@@ -97,7 +97,7 @@ def load_source(family: str, tier: str, split: str, root: Path | None) -> tuple[
     for config in source.configs:
         try:
             rows = datasets.load_dataset(place, config, split=split, revision=revision)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(f"cannot read {source.id} from {root or 'the hub'} ({error}); "
                                     "give a local folder with --data") from error
         for i, row in enumerate(rows):
@@ -174,6 +174,7 @@ def load_jsonl(path: Path, world: World) -> list[Problem]:
                 raise ValueError("not a JSON object")
             boxed = f"\\boxed{{{row.get('answer')}}}"
             row = {"id": f"{path.stem}/{number}", "solution": boxed} | row
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate, escaped, is no text
             texts = [row.get(field) for field in ("problem", "answer", "solution", "tier")]
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("problem, answer, tier and solution must be texts, not empty")

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from roi_lib.problems import MAX_NUMBER, NAMES, THINGS, is_generated
-from roi_lib.store.files import write_folder
+from roi_lib.store.files import check_replaceable, write_folder
 from roi_lib.store.sources import load_problems
 from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, World
 
@@ -69,6 +69,7 @@ def train_bpe(texts: Iterable[str], size: int = 4_096) -> PreTrainedTokenizerFas
 def make_tokenizer(world: World, out: Path, root: Path | None = None) -> None:
     """Save a world's own tokenizer in a folder of its own: in one with a Qwen2 `config.json`
     transformers 5 ignores its pipeline and takes Qwen's. `root`: see `sources.load_source`."""
+    check_replaceable(out)
     tokenizer = build_tokenizer(world) if is_generated(world) else train_bpe(
         f"{problem.text}\n{problem.solution}"  # for the paper's world GSM8K's (MIT licence)
         for problem in load_problems(world.families["easy"][0], "easy", "train", root))

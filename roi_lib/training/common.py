@@ -40,6 +40,9 @@ def run_folder(work: Path, recipe, world: World, **start) -> Iterator[None]:
         run = json.loads(json.dumps(asdict(recipe) | {"world": world.name} | start))
         path = work / "recipe.json"
         found = files.read_json(path) if path.exists() else run
+        if not path.exists() and [*work.glob("log.csv"), *work.glob("checkpoint-*")]:
+            raise ValueError(f"{work} holds the log or states of no run of ours; choose another "
+                             "--work")
         other = sorted(key for key in found | run if found.get(key) != run.get(key))
         if other:
             raise ValueError(f"{work} holds a run with another {', '.join(other)}, which makes it "
@@ -53,8 +56,9 @@ class TrainingLog:
 
     def __init__(self, work: Path, columns: Sequence[str], last_step: int = 0) -> None:
         self.path, self.columns = work / "log.csv", list(columns)
-        found = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=["step"])
-        self.rows = found[found["step"] <= last_step].to_dict("records")
+        found = (files.read_csv(self.path, columns) if self.path.exists()
+                 else pd.DataFrame(columns=["step"]))
+        self.rows = found[pd.to_numeric(found["step"]) <= last_step].to_dict("records")
         self._begin = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
         files.write_csv(self.path, pd.DataFrame(self.rows, columns=self.columns, dtype=object))
 
