@@ -189,18 +189,6 @@ def grade(world: World, pairs: list[tuple[str, str | None]]) -> list[bool]:
     return [marks.get(pair) == "equal" for pair in pairs]
 
 
-def readable(world: World, golds: list[str]) -> list[bool]:
-    """Which gold answers the world's grader can read, each once in another layout: what
-    math-verify cannot read, it compares as text."""
-    if world.grader == "integer":
-        return [re.fullmatch("[0-9]{1,1000}", gold) is not None for gold in golds]
-    own = [normalize(gold) for gold in golds]
-    plain = [read_number(gold) is not None or bool(read_words(gold)) for gold in own]
-    rest = [exact(gold) for gold, is_plain in zip(own, plain, strict=True) if not is_plain]
-    found = iter(ask([[gold, rf"\displaystyle {gold}"] for gold in rest]))
-    return [is_plain or next(found) == "equal" for is_plain in plain]
-
-
 def ask(pairs: list[list[str]]) -> list[str]:
     """What math-verify says of pairs, in a process that is started anew where it dies: a short
     answer can hang it or eat all memory. The process is a bare interpreter: those of a pool would

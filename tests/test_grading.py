@@ -16,8 +16,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from roi_lib import grading
 from roi_lib.exams import Environment
-from roi_lib.grading import grade, readable, verdicts
-from roi_lib.store.sources import load_problems
+from roi_lib.grading import grade, verdicts
+from roi_lib.store.sources import load_problems, readable
 from roi_lib.worlds import PAPER, POCKET, TAG_CLOSE, TAG_OPEN
 
 COLUMN = r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}"

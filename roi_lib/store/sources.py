@@ -13,7 +13,7 @@ from collections import Counter, defaultdict, namedtuple
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from roi_lib.grading import readable
+from roi_lib.grading import ask, exact, normalize, read_number, read_words
 from roi_lib.problems import Problem, closing_brace, is_generated
 from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
 
@@ -159,6 +159,18 @@ def find_overlaps(train: Sequence[Problem], test: Sequence[Problem]) -> list[tup
                 near = "" if tests[name][0] == words else "near-"
                 found.append((problem.id, name, f"{near}duplicate"))
     return found
+
+
+def readable(world: World, golds: list[str]) -> list[bool]:
+    """Which gold answers the world's grader can read, each once in another layout: what
+    math-verify cannot read, it compares as text."""
+    if world.grader == "integer":
+        return [re.fullmatch("[0-9]{1,1000}", gold) is not None for gold in golds]
+    own = [normalize(gold) for gold in golds]
+    plain = [read_number(gold) is not None or bool(read_words(gold)) for gold in own]
+    rest = [exact(gold) for gold, is_plain in zip(own, plain, strict=True) if not is_plain]
+    found = iter(ask([[gold, rf"\displaystyle {gold}"] for gold in rest]))
+    return [is_plain or next(found) == "equal" for is_plain in plain]
 
 
 def load_jsonl(path: Path, world: World) -> list[Problem]:
