@@ -68,8 +68,8 @@ def tabulate(env: Environment, exams: Sequence[Exam], budget: int,
         for k, r in enumerate(some):
             response = responses[r.ids]
             last = max((p for p, s in enumerate(response.segments) if s.cost), default=-1)
-            whole = (response.total, response.preamble, r.finished, response.revisits, r.overrun,
-                     r.failed, prompts[i] if prompts else (), r.ids)
+            whole = (response.total + r.hidden, response.preamble + r.hidden, r.finished,
+                     response.revisits, r.overrun, r.failed, prompts[i] if prompts else (), r.ids)
             for p, (problem, s) in enumerate(zip(exam.problems, response.segments, strict=True)):
                 pairs.append((problem.answer, s.answer))
                 rows.append((
