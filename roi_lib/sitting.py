@@ -88,8 +88,10 @@ COLUMNS = ["exam", "rollout", "position", "problem", "tier", "family", "order", 
 
 
 def points(table: pd.DataFrame) -> np.ndarray:
-    """Number of problems solved, one a response, in the sequence of exams and rollouts."""
-    return table.groupby(["exam", "rollout"])["correct"].sum().to_numpy(float)
+    """Number of problems solved, one a response, in the sequence of exams and rollouts; NaN where
+    there is no response."""
+    solved = table["correct"].astype(float).where(table["failed"] == "")
+    return solved.groupby([table["exam"], table["rollout"]]).sum(min_count=1).to_numpy()
 
 
 def responses(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,9 @@
 """Run logs: responses on disk as they come, so that a run can stop, go on, and be replayed.
 
 A log is JSON Lines: the first line names the run, each other one holds the rollouts of a request,
-found again by a hash of all that decides them. A log of another run is refused, a bad line is
-named, a last line cut short by a kill is dropped. Many may read a log while one process writes it.
+found again by a hash of all that decides them, or says why there are none, and is then passed over.
+A log of another run is refused, a bad line is named, a last line cut short by a kill is dropped.
+Many may read a log while one process writes it.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream
 
+ENOUGH = 8  # requests: if the first so many all fail, others will
 BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
 
 
@@ -45,8 +47,9 @@ class RunLog:
             try:
                 row = json.loads(line)
                 if number > 1:
-                    self.rows[row["key"]] = [Rollout(**r | {"ids": tuple(r["ids"])})
-                                             for r in row["rollouts"]]
+                    if set(dict(row)) != {"key", "failed"}:
+                        self.rows[row["key"]] = [Rollout(**r | {"ids": tuple(r["ids"])})
+                                                 for r in row["rollouts"]]
                     continue
                 found = dict(row["run"])
             except (ValueError, KeyError, TypeError) as error:
@@ -72,12 +75,13 @@ class RunLog:
                              "another folder with --log") from error
 
     def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts of one request, on disk when this returns, but not those of a failed
-        one: it will be asked again. Needs `writing`."""
-        if any(r.failed for r in rollouts):
-            return
-        self.rows[key] = list(rollouts)
-        row = {"key": key, "rollouts": list(map(asdict, rollouts))}
+        """Keep the rollouts of one request, on disk when this returns, but of a failed one, which
+        will be asked again, only the reason. Needs `writing`."""
+        if failed := next((r.failed for r in rollouts if r.failed), ""):
+            row = {"key": key, "failed": failed}
+        else:
+            self.rows[key] = list(rollouts)
+            row = {"key": key, "rollouts": list(map(asdict, rollouts))}
         if self.path:
             with self.path.open("a") as stream:
                 lines = [row] if stream.tell() else [{"run": self.header}, row]
@@ -103,10 +107,16 @@ class LoggedEngine(Engine):
         yield from [(i, known[key]) for i, key in enumerate(keys) if key in known]
         if not missing:
             return
+        failed = set()
         with self.log.writing(), tqdm(
                 desc=self.progress, disable=self.progress is None, total=len(requests),
                 initial=len(requests) - len(missing), **BAR) as bar:
             for j, rollouts in self.engine.stream([requests[i] for i in missing], temperature):
                 self.log.append(keys[missing[j]], rollouts)
                 bar.update()
+                if j < ENOUGH and rollouts[0].failed:  # as only a server's do
+                    failed.add(j)
+                    if len(failed) == ENOUGH and not known:
+                        self.engine.stop(ValueError(f"the first {ENOUGH} requests all failed, so "
+                                                    f"no others are sent: {rollouts[0].failed}"))
                 yield missing[j], rollouts

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,9 +106,13 @@ class OpenAIEngine(Engine):
         slots, halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
         usual = signal.getsignal(signal.SIGINT)
         ours = threading.current_thread() is threading.main_thread() and callable(usual)
-        if ours:  # at the first Ctrl-C, put `usual` back
-            signal.signal(signal.SIGINT, lambda *_: self.stop(
-                KeyboardInterrupt(signal.signal(signal.SIGINT, usual))))
+
+        def first_interrupt(*_) -> None:
+            signal.signal(signal.SIGINT, usual)
+            self.stop(KeyboardInterrupt())
+
+        if ours:
+            signal.signal(signal.SIGINT, first_interrupt)
         try:  # with an event loop in a thread of its own, for a notebook's own is busy
             with start_blocking_portal() as portal:
                 asked = {portal.start_task_soon(self._ask, request, k, temperature, slots, halt):
@@ -120,6 +125,9 @@ class OpenAIEngine(Engine):
                     if trouble := event.exception() if job else event:
                         error = error or trouble
                         portal.call(halt.set)
+                        if isinstance(trouble, KeyboardInterrupt):
+                            print(f"waiting for what is under way, {self.timeout:g} s at most; "
+                                  "Ctrl-C again gives it up", file=sys.stderr)
                     elif rollout := event.result():
                         i, k = job
                         done[i][k] = rollout
