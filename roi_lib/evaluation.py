@@ -158,15 +158,14 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     papers = [t.groupby("exam")["problem"].agg(frozenset) for t in (table, easy)]
     if not papers[0].equals(papers[1]):
         raise ValueError("regret compares orders of the same papers, and these papers differ")
-    failed = int((responses(table)["failed"] != "").sum())
-    there = table[table["failed"] == ""]  # the others count in nothing
-    frame, whole, shares = per_exam(there), responses(there), rates(there)
+    there, whole = table[table["failed"] == ""], responses(table)
+    frame, shares = per_exam(there), rates(there)
     return score_and_regret(points(table), points(easy), seed) | by_position(frame, seed) | {
-        "tokens": float(whole["tokens"].mean()),
+        "tokens": float(responses(there)["tokens"].mean()),
         "skip_rate": shares["skip_rate"], "tags_right": shares["tags_right"],
         "over_budget": int((whole["tokens"] > whole["budget"]).sum()),
         "overrun_cut": int((whole["overrun"] > 0).sum()),
-        "failed": failed,
+        "failed": int((whole["failed"] != "").sum()),
     }
 
 

@@ -159,6 +159,9 @@ class OpenAIEngine(Engine):
                     return await self._try(request, body)
                 except FailedTry as failure:
                     reason, again, seconds = failure.args
+                except ValueError:
+                    halt.set()
+                    raise
                 if attempt == self.retries or not again:
                     break
                 self.usage.retries += 1
