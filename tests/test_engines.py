@@ -260,7 +260,7 @@ def dribble(first, part, seconds, pause):
     (b"HTTP/1.1 200 OK\r\n\r\n", b"\n", 0.1, "no whole reply within 0.5 s"),  # case 13
     (b"HTTP/1.1 200 OK\r\n\r\n", b"7", 0.3, "no whole reply"),
     (b"HTTP/1.1 200 OK\r\nx: ", b"y", 0.1, "no whole reply"),
-    (b"HTTP/1.1 200 OK\r\n\r\n", b"7" * 2**16, 0, "larger than 1056576 bytes"),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"7" * 2**16, 0, "larger than 525088 bytes"),
     (b"HTTP/1.1 ", b"7" * 2**16, 0, "RemoteProtocolError")])
 def test_a_try_is_bounded_in_seconds_and_bytes(server, tokenizer, first, part, pause, words):
     server.plan = [dribble(first, part, 5, pause)]
@@ -392,6 +392,18 @@ def test_a_run_of_failures_alone_has_no_score(server, exam):  # cases 17, 19
         status, text, error = exam(2, *words)
         assert status == 2 and error.count("\n") == 1 and "Score" not in text
         assert "must be a string" in error and "--api chat" in error
+
+
+def test_an_interrupted_exam_says_so(server, exam):
+    def interrupting(handler):
+        interrupt(0)
+        time.sleep(0.5)
+        handler.send(200, handler.response({"messages": []}, "ok"))
+
+    server.plan = [interrupting]
+    status, text, error = exam(2, "--concurrency", "1", "--log", "log")
+    assert status == 130 and "interrupted" in error and "Score" not in text
+    assert exam(2, "--log", "log")[0] == 0 and len(server.seen) == 2
 
 
 # ---------------------------------------------------------------- run logs

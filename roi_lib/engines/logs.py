@@ -81,7 +81,9 @@ class RunLog:
             row = {"key": key, "failed": failed}
         else:
             self.rows[key] = list(rollouts)
-            row = {"key": key, "rollouts": list(map(asdict, rollouts))}
+            row = {"key": key, "rollouts": [  # only a server's have the last two
+                {name: value for name, value in asdict(r).items()
+                 if value or name not in ("hidden", "note")} for r in rollouts]}
         if self.path:
             with self.path.open("a") as stream:
                 lines = [row] if stream.tell() else [{"run": self.header}, row]

@@ -172,7 +172,7 @@ class OpenAIEngine(Engine):
 
     async def _try(self, request: Request, body: str) -> Rollout:
         """The response of one try. `FailedTry`: none; `ValueError`: nor will others have one."""
-        got, data = await self._post(body, 2**20 + 1_000 * request.budget)
+        got, data = await self._post(body, largest=2**19 + 100 * request.budget)
         try:
             reply = json.loads(data)
         except (ValueError, RecursionError):
@@ -191,7 +191,7 @@ class OpenAIEngine(Engine):
             self.usage.overrun += rollout.overrun
             self.usage.responses += 1
             return rollout
-        if got.status_code in (401, 402, 404) or "insufficient_quota" in told:
+        if got.status_code in (401, 402, 404) or b"insufficient_quota" in data:
             raise ValueError(f"the server refuses every request ({told}); see the API key, --model,"
                              " --base-url and --api")
         wait = got.headers.get("retry-after", "")  # in seconds; few servers send a date
