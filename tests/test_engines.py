@@ -276,7 +276,7 @@ def test_waits_are_those_that_the_server_asks_for(server, tokenizer, refusal):  
         assert seconds <= time.monotonic() - start < seconds + 1
     server.plan = [(429, "daily limit", "432")]
     told = refusal(client(server, tokenizer).generate, REQUESTS[:1])
-    assert "wait 432 s, longer than the 60 s" in told and "daily limit" in told
+    assert "wait 432 s, longer than 60 s" in told and "daily limit" in told
     server.plan, server.seen = [(429, {"error": {"code": "insufficient_quota"}})], []
     assert "insufficient_quota" in refusal(client(server, tokenizer).generate, REQUESTS)
     assert len(server.seen) == 1

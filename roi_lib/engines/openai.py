@@ -50,10 +50,9 @@ class OpenAIEngine(Engine):
 
     `api="completions"` sends token ids and needs ids back, as a vLLM server gives them: the count
     is exact. `api="chat"` is for servers that take messages and give text (GPT-4o-mini, DeepSeek):
-    the text is encoded once with the world's tokenizer, and *these* ids are charged, so that every
-    method pays in the same coin; hidden reasoning is charged before them. `usage` has the server's
-    own count, and where that is above the budget, the excess is flagged as overrun.
-    `ValueError`: a bad option, key or address, or a proxy that cannot be used."""
+    the text is encoded once with the world's tokenizer, and *these* ids are charged, after hidden
+    reasoning, so that every method pays in the same coin; `usage` has the server's own count, and
+    what that is above the budget is overrun. `ValueError`: a bad option, key, address or proxy."""
 
     def __init__(
         self, model: str,  # the name under which the server knows it
@@ -71,29 +70,28 @@ class OpenAIEngine(Engine):
         check_choice("api", api, ("completions", "chat"))
         if not (concurrency >= 1 and retries >= 0 and timeout > 0):
             raise ValueError("concurrency and timeout must be above 0, and retries 0 or more")
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, sorted(set(eos_ids))
-        self.api, self.concurrency, self.retries, self.backoff = api, concurrency, retries, backoff
-        self.timeout, self.request, self.usage = timeout, request, Usage()
+        self.api, self.concurrency, self.retries = api, concurrency, retries
+        self.backoff, self.timeout, self.request = backoff, timeout, request
+        self.model, self.eos_ids, self.usage = model, sorted(set(eos_ids)), Usage()
         self._encode = None if api == "completions" else lambda text: tokenizer(
             text, add_special_tokens=False, split_special_tokens=True).input_ids
         with_request({}, request)
-        self._key, self._events = os.environ.get(key_variable, "").strip(), SimpleQueue()
+        self._key = os.environ.get(key_variable, "").strip()
         base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         try:
-            url, self._ssl = httpx.URL(base), httpx.create_ssl_context()
+            url, self._ssl = httpx.URL(base.strip()), httpx.create_ssl_context()
             if url.scheme not in ("http", "https") or not url.host:
                 raise ValueError("an address begins with http:// or https://")
             httpx.AsyncClient(verify=self._ssl)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise ValueError(f"this address or the environment's proxy cannot be used ({error}); "
-                             "mend --base-url, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY"
-                             ) from error
+            raise ValueError(f"cannot use this address or the environment's proxy ({error}); mend "
+                             "--base-url, or unset ALL_PROXY, HTTPS_PROXY, HTTP_PROXY") from error
         if not self._key and url.host not in ("127.0.0.1", "localhost", "::1"):  # they need none
             raise ValueError(f"the API key is read from the environment; set {key_variable}")
         if not re.fullmatch("[!-~]*", self._key):
             raise ValueError(f"{key_variable} holds characters that no API key has; copy it again")
-        self._url = url.copy_with(path=url.path.rstrip("/") + (
-            "/chat/completions" if api == "chat" else "/completions"))
+        end = "chat/completions" if api == "chat" else "completions"
+        self._url = url.copy_with(path=f"{url.path.rstrip('/')}/{end}")
 
     def stop(self, error: BaseException) -> None:
         """Let `stream` ask nothing more, and raise this once what is under way has come."""
@@ -103,7 +101,7 @@ class OpenAIEngine(Engine):
         """See `Engine`. `ValueError`: no use in going on (key, model, quota). Before it, and after
         Ctrl-C, comes what is under way, within `timeout`; a second Ctrl-C aborts."""
         self._events, done, error = SimpleQueue(), [{} for _ in requests], None
-        slots, halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
+        self._slots, self._halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
         usual = signal.getsignal(signal.SIGINT)
         ours = threading.current_thread() is threading.main_thread() and callable(usual)
 
@@ -115,8 +113,8 @@ class OpenAIEngine(Engine):
             signal.signal(signal.SIGINT, first_interrupt)
         try:  # with an event loop in a thread of its own, for a notebook's own is busy
             with start_blocking_portal() as portal:
-                asked = {portal.start_task_soon(self._ask, request, k, temperature, slots, halt):
-                         (i, k) for i, request in enumerate(requests) for k in range(request.n)}
+                asked = {portal.start_task_soon(self._ask, request, k, temperature): (i, k)
+                         for i, request in enumerate(requests) for k in range(request.n)}
                 for future in asked:
                     future.add_done_callback(self._events.put)
                 while asked:
@@ -124,9 +122,9 @@ class OpenAIEngine(Engine):
                     job = asked.pop(event, None)
                     if trouble := event.exception() if job else event:
                         error = error or trouble
-                        portal.call(halt.set)
+                        portal.call(self._halt.set)
                         if isinstance(trouble, KeyboardInterrupt):
-                            print(f"waiting for what is under way, {self.timeout:g} s at most; "
+                            print(f"waiting {self.timeout:g} s at most for what is under way; "
                                   "Ctrl-C again gives it up", file=sys.stderr)
                     elif rollout := event.result():
                         i, k = job
@@ -139,8 +137,7 @@ class OpenAIEngine(Engine):
         if error:
             raise error
 
-    async def _ask(self, request: Request, k: int, temperature: float, slots: asyncio.Semaphore,
-                   halt: asyncio.Event) -> Rollout | None:
+    async def _ask(self, request: Request, k: int, temperature: float) -> Rollout | None:
         """One rollout, with its retries; None where the run stops before it."""
         # All options are named: a model's generation config may have other defaults.
         options = {"model": self.model, "max_tokens": request.budget, "temperature": temperature,
@@ -151,22 +148,22 @@ class OpenAIEngine(Engine):
             options |= {"prompt": request.prompt, "return_token_ids": True, "top_k": 0,
                         "stop_token_ids": self.eos_ids, "repetition_penalty": 1.0}
         body = json.dumps(with_request(options, self.request))
-        async with slots:
+        async with self._slots:
             for attempt in range(self.retries + 1):
-                if halt.is_set():
+                if self._halt.is_set():
                     return None
                 try:
                     return await self._try(request, body)
                 except FailedTry as failure:
                     reason, again, seconds = failure.args
                 except ValueError:
-                    halt.set()
+                    self._halt.set()
                     raise
                 if attempt == self.retries or not again:
                     break
-                self.usage.retries += 1
+                self.usage.retries += 1  # all counts are kept in one thread: none is lost
                 with anyio.move_on_after(seconds or min(self.backoff * 2**attempt, 30.0)):
-                    await halt.wait()
+                    await self._halt.wait()
         self.usage.failed += 1
         return Rollout((), False, failed=reason)
 
@@ -179,32 +176,30 @@ class OpenAIEngine(Engine):
             reply = None
         told = one_line(f"HTTP {got.status_code}: {data.decode('utf-8', 'replace')}", self._key)
         sent, spent = count(reply, "prompt_tokens"), count(reply, "completion_tokens")
-        self.usage.tokens_in += sent or 0  # in one thread: no count is lost
+        self.usage.tokens_in += sent or 0
         self.usage.tokens_out += spent or 0
         if got.is_success and isinstance(reply, dict) and not reply.get("error"):
             rollout = read_reply(reply, told, request.budget, self.eos_ids, self._encode)
             self.usage.uncounted += None in (sent, spent)
             self.usage.tokens_in += len(request.prompt) * (sent is None)
-            self.usage.tokens_out += (spent is None) * (
-                len(rollout.ids) + rollout.hidden + rollout.overrun)
-            rollout = replace(rollout, overrun=max(rollout.overrun, (spent or 0) - request.budget))
-            self.usage.overrun += rollout.overrun
+            seen = len(rollout.ids) + rollout.hidden + rollout.overrun
+            self.usage.tokens_out += seen * (spent is None)
+            excess = max(rollout.overrun, (spent or 0) - request.budget)
+            self.usage.overrun += excess
             self.usage.responses += 1
-            return rollout
+            return replace(rollout, overrun=excess)
         if got.status_code in (401, 402, 404) or b"insufficient_quota" in data:
-            raise ValueError(f"the server refuses every request ({told}); see the API key, --model,"
-                             " --base-url and --api")
+            raise ValueError(f"refused: {told}; see the API key, --model, --base-url and --api")
         wait = got.headers.get("retry-after", "")  # in seconds; few servers send a date
         seconds = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
         if seconds > LONGEST_WAIT:
-            raise ValueError(f"the server asks to wait {seconds:g} s, longer than the "
-                             f"{LONGEST_WAIT:g} s that a run waits ({told}); run the same command "
-                             "later: what is in its --log is not asked again")
+            raise ValueError(f"the server asks to wait {seconds:g} s, longer than {LONGEST_WAIT:g} s, "
+                             f"the most ({told}); the same command later goes on from its --log")
         if got.is_success or got.status_code >= 500 or got.status_code in (408, 409, 425, 429):
             raise FailedTry(told, True, seconds)
         raise FailedTry(f"{told}; see --request, or --api chat if it takes no token ids", False, 0)
 
-    async def _post(self, body: str, largest: int) -> tuple[httpx.Response, bytes]:
+    async def _post(self, body: str, largest: int) -> tuple[httpx.Response, bytearray]:
         """Status and headers, and the whole body; `FailedTry`: lost, too late or too large."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         headers |= {"authorization": f"Bearer {self._key}"} if self._key else {}
@@ -217,9 +212,9 @@ class OpenAIEngine(Engine):
                         data += part
                         if len(data) > largest:
                             raise FailedTry(f"the reply is larger than {largest} bytes", True, 0)
-            return got, bytes(data)
+            return got, data
         except TimeoutError:
-            raise FailedTry(f"no whole reply within {self.timeout:g} s", True, 0) from None
+            reason = f"no whole reply within {self.timeout:g} s"
         except httpx.HTTPError as error:
             reason = one_line(f"{type(error).__name__}: {error}", self._key)
-            raise FailedTry(reason, True, 0) from None
+        raise FailedTry(reason, True, 0)
