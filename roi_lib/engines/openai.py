@@ -193,8 +193,8 @@ class OpenAIEngine(Engine):
         wait = got.headers.get("retry-after", "")  # in seconds; few servers send a date
         seconds = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
         if seconds > LONGEST_WAIT:
-            raise ValueError(f"the server asks to wait {seconds:g} s, longer than {LONGEST_WAIT:g} s "
-                             f"({told}); the same command later goes on from its --log")
+            raise ValueError(f"the server asks to wait {seconds:g} s, longer than {LONGEST_WAIT:g} "
+                             f"s ({told}); the same command later goes on from its --log")
         if got.is_success or got.status_code >= 500 or got.status_code in (408, 409, 425, 429):
             raise FailedTry(told, True, seconds)
         raise FailedTry(f"{told}; see --request, or --api chat if it takes no token ids", False, 0)
