@@ -5,7 +5,7 @@ Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128"""
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -73,7 +73,10 @@ class ExamRun(Run):
     key_variable: str = "OPENAI_API_KEY"  # openai: environment variable with the API key
     concurrency: int = 8  # openai: requests at a time
     retries: int = 4  # openai: further tries after a failure
-    timeout: float = 120.0  # openai: seconds a try
+    timeout: float = 120.0  # openai: seconds a try, whatever has come
+    # openai: rename a parameter of requests (max_tokens=max_completion_tokens), drop one (seed=),
+    # add one (reasoning_effort=low); may be given several times
+    request: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     price: tuple[float, float] = (0.0, 0.0)  # openai: per million tokens, in and out
     details: bool = False  # print every order with all its intervals
     out: Path | None = None  # CSV file for the records
@@ -105,8 +108,9 @@ def exam_papers(args: ExamRun, world: World):
 def engine_of(args: Run, world: World):
     """Which engine the options name; its arithmetic is the world's for tables, unless they say."""
     from roi_lib.engines import EngineConfig
-    server = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout")
-    options = {name: getattr(args, name) for name in server if args.engine == "openai"}
+    server = ("base_url", "api", "key_variable", "concurrency", "retries", "timeout", "request")
+    options = {name: value for name, value in vars(args).items()
+               if name in server and args.engine == "openai"}
     dtype = args.dtype or (world.table_dtype if args.engine == "torch" else None)
     return EngineConfig(args.engine, options, args.log, args.progress, dtype)
 
@@ -130,6 +134,7 @@ def exam(args: Omit[ExamRun]) -> None:
         engine_of(args, world), args.samples,
         tuple(order for order in ORDERS if order in (*args.orders, "easy")))
     results = methods.run_methods(comparison, names, args.budgets or world.budgets, args.workers)
+    report(args, results, len(sat))
     records, order = table.make_records(comparison, results), comparison.orders[-1]
     print(f"{order} order, {len(sat)} papers, seed {listed.seed}, temperature {args.temperature:g}"
           f"; in brackets 95 % intervals\n\n{table.show_order(records, order)}\n")
@@ -147,20 +152,22 @@ def exam(args: Omit[ExamRun]) -> None:
         figure.savefig(args.plot, format="png", metadata={"Software": "roi_lib"})
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
     print("wrote " + ", ".join(wrote) if wrote else "--out, --save and --plot write all of it")
-    report(args, results, records)
 
 
-def report(args: ExamRun, results, records) -> None:
-    """What a server charged, what failed, and why there are no intervals."""
+def report(args: ExamRun, results, n_exams: int) -> None:
+    """What a server charged, what failed, and why there are no intervals. `ValueError`: all of it
+    failed, so there is no Score."""
     for method, usage in results.usage.items():
         print(f"{method}: {usage.report(*args.price)}")
-    if records["n_exams"].max() == 1:
+    if n_exams == 1:
         print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
-    if failed := int(records["failed"].sum()):
+    rows = results.table[results.table["position"] == 1] if len(results.table) else results.table
+    if len(rows) and (failed := rows["failed"][rows["failed"] != ""]).any():
+        if len(failed) == len(rows):
+            raise ValueError(f"every response failed, so there is no Score: {failed.mode()[0]}")
         remedy = "run the same command again" if args.log else "use --log to keep the others"
-        print(f"warning: {failed} responses failed and count as empty; {remedy}", file=sys.stderr)
-        if results.table["failed"].ne("").all():
-            raise ValueError("every response failed, so there is no Score")
+        print(f"warning: {len(failed)} of {len(rows)} responses failed and count in no number, "
+              f"most often: {failed.mode()[0]}; {remedy}", file=sys.stderr)
 
 
 def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
@@ -330,6 +337,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what is in a --log or --work folder is not done again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,13 @@ def paired_interval(columns: Sequence[np.ndarray], statistic: Callable,
 
 def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
                   seed: int = 0) -> dict[str, float]:
-    """NAME, NAME_low and NAME_high of a statistic of the columns' means."""
+    """NAME, NAME_low and NAME_high of a statistic of the columns' means. An exam that is NaN in one
+    column, for lack of a response, counts in none."""
+    if any(np.isnan(column).any() for column in columns):
+        there = ~np.isnan(np.stack(columns)).any(0)
+        columns = [column[there] for column in columns]
+        if not there.any():
+            return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
     low, high = paired_interval(columns, statistic, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*(np.mean(column) for column in columns)))
@@ -87,7 +93,7 @@ def regret_difference(a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: 
 def score_and_regret(points: np.ndarray, easy: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Score and Regret with intervals, from the points of the same papers in two orders."""
     return (with_interval("score", [points], lambda x: x, seed)
-            | {"score_easy": float(np.mean(easy))}
+            | {"score_easy": float(pd.Series(easy).mean())}
             | with_interval("regret", [points, easy], lambda x, e: (e - x) / e, seed))
 
 
@@ -152,9 +158,10 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     papers = [t.groupby("exam")["problem"].agg(frozenset) for t in (table, easy)]
     if not papers[0].equals(papers[1]):
         raise ValueError("regret compares orders of the same papers, and these papers differ")
-    frame, whole, shares = per_exam(table), responses(table), rates(table)
+    there, whole = table[table["failed"] == ""], responses(table)
+    frame, shares = per_exam(there), rates(there)
     return score_and_regret(points(table), points(easy), seed) | by_position(frame, seed) | {
-        "tokens": float(whole["tokens"].mean()),
+        "tokens": float(responses(there)["tokens"].mean()),
         "skip_rate": shares["skip_rate"], "tags_right": shares["tags_right"],
         "over_budget": int((whole["tokens"] > whole["budget"]).sum()),
         "overrun_cut": int((whole["overrun"] > 0).sum()),

@@ -195,32 +195,31 @@ class Environment:
         known = found and int(found[1]) <= self.world.skip_level
         return Segment(cost, text, answer, int(found[1]) if known else None)
 
-    def parse(self, ids: Sequence[int], n: int, text: str | None = None) -> Response:
+    def parse(self, ids: Sequence[int], n: int, text: str = "") -> Response:
         """Cut a response to an exam of `n` problems into segments with token-exact costs.
 
         A segment runs from its header to the next one (a single problem needs none). Text and
         tokens are matched by decoding prefixes of `ids`. `text`: the words as a server sent them,
         of which `ids` are the encoding; words without tokens are read, too."""
-        ends = None if text is None else self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True,
-            return_offsets_mapping=True).offset_mapping[: len(ids)]
+        places = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                                return_offsets_mapping=True).offset_mapping if text else []
 
         @cache
         def end_of(k: int) -> int:
             """Where in the text token `k` ends."""
-            if ends is None:
+            if not places:
                 return len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=True))
-            return ends[k][1] if k < len(ends) else len(text)
+            return places[k][1] if k < len(places) else len(text)  # an end-of-sequence
 
-        text = (self.tokenizer.decode(ids, skip_special_tokens=True) if text is None
-                else text[: end_of(len(ids) - 1)] if ids else "")
+        text = (text[: end_of(len(ids) - 1)] if places and ids else
+                self.tokenizer.decode(ids, skip_special_tokens=True))
         text = _THOUGHT.sub(lambda thought: " " * len(thought[0]), text)  # charged, never read
         headers = [m for m in re.finditer(self.world.header_pattern, text) if 1 <= int(m[1]) <= n]
         if n == 1 and not headers:
             return Response((self.read_segment(len(ids), text),), 0, len(ids), 0)
         numbers = [int(header[1]) for header in headers]
-        places = [header.start() for header in headers] + [len(text)]
-        starts = [bisect_right(range(len(ids)), place, key=end_of) for place in places[:-1]]
+        begins = [header.start() for header in headers] + [len(text)]
+        starts = [bisect_right(range(len(ids)), begin, key=end_of) for begin in begins[:-1]]
         starts.append(len(ids))
         texts, costs, revisits = [""] * n, [0] * n, 0
         for i, number in enumerate(numbers):
@@ -229,6 +228,6 @@ class Environment:
             still_here = set(numbers[numbers.index(number) : i]) == {number}
             revisits += not forward
             if forward or still_here:
-                texts[number - 1] += text[places[i] : places[i + 1]]
+                texts[number - 1] += text[begins[i] : begins[i + 1]]
         segments = tuple(map(self.read_segment, costs, texts))
         return Response(segments, starts[0], len(ids), revisits)

@@ -11,7 +11,7 @@ behind the same interface. Notebook 03.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -46,6 +46,9 @@ class Rollout:
     finished: bool  # whether it ended by itself (False: cut by the budget)
     overrun: int = 0  # tokens that a back end sent beyond the budget; they are not in `ids`
     failed: str = ""  # why there is no response ("" where there is one)
+    hidden: int = field(default=0, repr=False)  # tokens spent on reasoning that was not shown
+    note: str = field(default="", repr=False)  # why a response is empty, where a server says so
+    text: str = field(default="", repr=False)  # as a server sent it; some words may have no tokens
 
 
 def within_budget(ids: Sequence[int], budget: int, eos_ids: Sequence[int]) -> Rollout:

@@ -86,6 +86,9 @@ def sample_outcomes(env: Environment, engine: Engine, papers: Sequence[Sequence[
     the budget cuts costs all of it. All papers have the same number of problems."""
     alone = [Exam((p,), "easy") for paper in papers for p in paper for _ in range(samples)]
     table = sit(env, engine, alone, budget, temperature=temperature, seed=seed + SEED_SHIFT)
+    if (lost := table["failed"] != "").any():
+        raise ValueError(f"{lost.sum()} of {len(lost)} attempts failed, and the rational method "
+                         f"needs all of them: {table['failed'][lost].mode()[0]}")
     shape, header = (len(papers), len(papers[0]), samples), env.world.header.format(i=1)
     return Outcomes(
         (table["tokens"] - table["finished"]).to_numpy().reshape(shape),

@@ -64,12 +64,12 @@ def tabulate(env: Environment, exams: Sequence[Exam], budget: int,
     world, rows, pairs = env.world, [], []
     for i, (exam, some) in enumerate(zip(exams, rollouts, strict=True)):
         n = len(exam.problems)
-        responses = {ids: env.parse(ids, n) for ids in {r.ids for r in some}}
+        responses = {own: env.parse(own[0], n, own[1]) for own in {(r.ids, r.text) for r in some}}
         for k, r in enumerate(some):
-            response = responses[r.ids]
+            response = responses[r.ids, r.text]
             last = max((p for p, s in enumerate(response.segments) if s.cost), default=-1)
-            whole = (response.total, response.preamble, r.finished, response.revisits, r.overrun,
-                     r.failed, prompts[i] if prompts else (), r.ids)
+            whole = (response.total + r.hidden, response.preamble + r.hidden, r.finished,
+                     response.revisits, r.overrun, r.failed, prompts[i] if prompts else (), r.ids)
             for p, (problem, s) in enumerate(zip(exam.problems, response.segments, strict=True)):
                 pairs.append((problem.answer, s.answer))
                 rows.append((
@@ -88,8 +88,10 @@ COLUMNS = ["exam", "rollout", "position", "problem", "tier", "family", "order", 
 
 
 def points(table: pd.DataFrame) -> np.ndarray:
-    """Number of problems solved, one a response, in the sequence of exams and rollouts."""
-    return table.groupby(["exam", "rollout"])["correct"].sum().to_numpy(float)
+    """Number of problems solved, one a response, in the sequence of exams and rollouts; NaN where
+    there is no response."""
+    solved = table["correct"].astype(float).where(table["failed"] == "")
+    return solved.groupby([table["exam"], table["rollout"]]).sum(min_count=1).to_numpy()
 
 
 def responses(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 
+from roi_lib.__main__ import main
 from roi_lib.engines import EngineConfig, logs, make_engine
 from roi_lib.engines.logs import LoggedEngine, RunLog
 from roi_lib.engines.openai import OpenAIEngine, Usage
@@ -17,7 +21,7 @@ from roi_lib.engines.replay import ReplayEngine
 from roi_lib.engines.vllm import INSTALL_VLLM, VLLMEngine, vllm_installed
 from roi_lib.exams import draw_papers, in_orders
 from roi_lib.generation import Request, Rollout
-from roi_lib.sitting import sit
+from roi_lib.sitting import sit, tabulate
 from roi_lib.store.checkpoints import load_environment, model_hash
 from roi_lib.store.files import DATA
 from roi_lib.worlds import ORDERS, POCKET
@@ -25,10 +29,14 @@ from roi_lib.worlds import ORDERS, POCKET
 KEY = "sk-test-0123456789"
 REPLY = {"id": "x", "object": "x", "created": 0, "model": "m"}
 CHOICE = {"index": 0, "text": "hello", "finish_reason": "stop"}
-BODIES = {"empty": json.dumps(REPLY | {"choices": []}),
-          "noids": json.dumps(REPLY | {"choices": [CHOICE]}),
-          "cut": '{"id": "x", "choi', "malformed": '{"id": "x", "choices": [{"text"',
-          "html": "<html>busy</html>"}
+IDS = {"empty": [], "null": [None], "float": [{"token_ids": [9.0]}], "minus": [{"token_ids": [-1]}],
+       "huge": [{"token_ids": [2**40]}], "true": [{"token_ids": [True]}], "dict": {"0": {}},
+       "word": "x", "idless": [{"token_ids": {}}], "number": 7}
+BODIES = {name: json.dumps(REPLY | {"choices": choices}) for name, choices in IDS.items()} | {
+    "textonly": json.dumps(REPLY | {"choices": [CHOICE]}), "cut": '{"id": "x", "choi',
+    "malformed": '{"id": "x", "choices": [{"text"', "html": "<html>busy</html>", "list": "[]",
+    "wrapped": json.dumps({"error": {"code": 502, "message": "upstream is away"}}),
+    "deep": "[" * 200_000, "digits": '{"choices": %s}' % ("7" * 4_400)}
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -40,9 +48,11 @@ class Misbehaving(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.seen.append((self.path, asked, self.headers["authorization"]))
-        act = self.server.plan.pop(0) if self.server.plan else "ok"
+        act = self.server.plan.pop(0) if self.server.plan else self.server.judge(asked)
         if act == "hang":
             return time.sleep(1.0)
+        if callable(act) or isinstance(act, tuple):
+            return act(self) if callable(act) else self.send(*act)
         body = BODIES.get(act) or self.response(asked, act)
         self.send_response(int(act) if act.isdigit() else 200)
         self.send_header("content-type", "text/html" if act == "html" else "application/json")
@@ -52,10 +62,18 @@ class Misbehaving(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
         self.close_connection = True
 
+    def send(self, status, body, wait="soon"):
+        """Any status and any body."""
+        self.send_response(status)
+        self.send_header("retry-after", wait)
+        self.end_headers()
+        self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
+
     def response(self, asked, act):
         if act.isdigit():
             return json.dumps({"error": {"message": f"the key {KEY} is bad"}})
-        n = asked["max_tokens"] + 40 if act == "more" else min(3, asked["max_tokens"])
+        budget = asked.get("max_tokens", 8)
+        n = budget + 40 if act == "more" else min(3, budget)
         if "messages" in asked:
             words = {"role": "assistant", "content": " ".join(["+"] * (n - (act == "ok")))}
             choice = {"message": words}
@@ -70,7 +88,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
-        server.plan, server.seen = [], []
+        server.plan, server.seen, server.judge = [], [], lambda asked: "ok"
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server
         server.shutdown()
@@ -85,7 +103,8 @@ def client(server, tokenizer, **options):
 REQUESTS = [Request((2, 5, i), 8, (0, i), message=f"solve {i}") for i in range(3)]
 
 
-@pytest.mark.parametrize("fault", "hang 429 500 cut empty malformed html noids".split())
+@pytest.mark.parametrize("fault", (
+    "hang 429 500 cut malformed html list wrapped deep digits " + " ".join(IDS)).split())
 def test_faults_are_retried_and_then_the_row_is_marked(server, tokenizer, fault, capsys):
     server.plan = [fault, "ok", fault, fault, fault]  # mended by a retry; never mended; ok
     engine = client(server, tokenizer)
@@ -99,7 +118,8 @@ def test_faults_are_retried_and_then_the_row_is_marked(server, tokenizer, fault,
 
 
 def test_refusals_stop_the_run_without_the_key(server, tokenizer, refusal):
-    for status, words in (("401", "the API key"), ("403", "the API key"), ("404", "HTTP 404")):
+    for status, words in (("401", "the API key"), ("402", "HTTP 402"), ("404", "HTTP 404"),
+                          ("textonly", "--api chat")):
         server.plan, server.seen = [status] * 9, []
         told = refusal(client(server, tokenizer).generate, REQUESTS)
         assert words in told and KEY not in told and len(server.seen) <= 3
@@ -141,9 +161,249 @@ def test_keys_and_proxies_come_from_the_environment(server, tokenizer, monkeypat
     assert "set A_KEY" in refusal(OpenAIEngine, "m", tokenizer, [3], key_variable="A_KEY")
     client(server, tokenizer).generate(REQUESTS[:1])  # a server on this machine needs none
     assert "completions, chat" in refusal(client, server, tokenizer, api="telepathy")
-    for proxy in ("socks5://127.0.0.1:9", "gopher://127.0.0.1:9"):
+    for proxy in ("socks5://127.0.0.1:9", "gopher://me:secret@127.0.0.1:9"):  # case 16
         monkeypatch.setenv("ALL_PROXY", proxy)
-        assert "unset ALL_PROXY" in refusal(client, server, tokenizer)
+        told = refusal(client, server, tokenizer)
+        assert "unset ALL_PROXY" in told and "secret" not in told
+    monkeypatch.delenv("ALL_PROXY")
+    for address in ("ftp://a", "a.b/v1", "http://", "http://a:b/v1", "http://[::1"):
+        assert "mend --base-url" in refusal(OpenAIEngine, "m", tokenizer, [3], base_url=address)
+    for options in ({"timeout": 0}, {"timeout": float("nan")}, {"retries": -1}, {"concurrency": 0}):
+        assert "must be above 0" in refusal(client, server, tokenizer, **options)
+    for word in ("seed", "=7", ""):
+        assert "--request takes NAME=" in refusal(client, server, tokenizer, request=[word])
+
+
+def test_a_key_is_stripped_and_only_a_real_secret_is_masked(
+        server, tokenizer, monkeypatch, refusal):
+    for key, sent, words in ((f" {KEY}\r\n", f"Bearer {KEY}", "the key *** is none"),  # case 15
+                             ("none", "Bearer none", f"the key {KEY} is none"),
+                             ("", None, f"the key {KEY} is none")):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.plan, server.seen = [(400, f"the key {KEY}\n\x1b is none")], []
+        assert words in client(server, tokenizer).generate(REQUESTS[:1])[0][0].failed
+        assert server.seen[0][2] == sent
+    for key in ("sk-\xe9", "sk-a\nb", "sk a"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        told = refusal(client, server, tokenizer)
+        assert "copy it again" in told and "sk" not in told
+
+
+def answer(content, finish="stop", usage=None, **message):
+    """A chat's reply, as the plan of a server has it."""
+    choice = {"message": {"role": "assistant", "content": content} | message}
+    reply = REPLY | {"choices": [choice | {"finish_reason": finish}]}
+    return 200, reply | ({} if usage == "none" else {"usage": usage})
+
+
+def spent(n, **details):
+    return {"prompt_tokens": 10, "completion_tokens": n, "completion_tokens_details": details}
+
+
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "+"}]}, {"type": "odd"}, None,
+         7, {"type": "text", "text": "+ "}, {"type": "text", "text": "+"}, {"type": "text"}]
+
+
+@pytest.mark.parametrize(("sent", "ids", "finished", "hidden", "note", "out"), [
+    (answer("", "length", spent(8, reasoning_tokens=8)), 0, False, 8, "length", 8),  # case 4
+    (answer("", "length"), 0, False, 8, "length", 8),
+    (answer(None, "length", spent(5), reasoning_content="+ +"), 0, False, 5, "length", 5),
+    (answer(PARTS, "stop", spent(4)), 3, True, 1, "", 4),  # case 6
+    (answer(None, "stop", None, reasoning_content="+ + +"), 1, True, 3, "stop", 4),  # case 7
+    (answer(None, "stop", spent(6), refusal="I can not"), 1, True, 5, "I can not", 6),
+    (answer(None, "content_filter"), 0, False, 0, "content_filter", 0),
+    (answer("+ +", "content_filter", spent(2)), 2, False, 0, "content_filter", 2),
+    (answer("+ +", "stop", spent(7, reasoning_tokens=4)), 3, True, 4, "", 7),
+    (answer("+ +", ["stop"], spent(7, reasoning_tokens=7)), 1, False, 7, "", 7),
+    (answer("+\ud800", "stop", spent(3)), 3, True, 0, "", 3),
+    *[(answer("+ +", "stop", usage), 3, True, 0, "", 3) for usage in (  # case 5
+        None, "none", {}, 7, [], {"prompt_tokens": 10}, {"completion_tokens": None}, spent("3"),
+        spent(-3), spent(True), spent(10**4_000), spent(3.0))]])
+def test_chat_replies_of_any_shape_are_read(server, env, sent, ids, finished, hidden, note, out):
+    server.plan = [sent]
+    engine = client(server, env.tokenizer, api="chat")
+    rollout = engine.generate(REQUESTS[:1])[0][0]
+    assert (len(rollout.ids), rollout.finished, rollout.hidden, rollout.note, rollout.failed) == (
+        ids, finished, hidden, note, "")
+    assert len(server.seen) == engine.usage.responses == 1 and engine.usage.tokens_out == out
+    whole = isinstance(sent[1].get("usage"), dict) and sent[1]["usage"].get("completion_tokens")
+    known = type(whole) is int and 0 <= whole < 99
+    assert ("true cost unknown" in engine.usage.report()) == (not known)
+    exams = in_orders(draw_papers(POCKET, 1), ["easy"], 0)
+    table = tabulate(env, exams, 8, [[rollout]])
+    assert (table["tokens"] == hidden + ids).all() and (table["preamble"] >= hidden).all()
+
+
+@pytest.mark.parametrize("content", [7, True, {"text": "x"}, "message"])
+def test_what_is_no_message_is_a_failed_try_that_is_billed(server, env, content):
+    bad = answer(content, "stop", spent(5))
+    if content == "message":
+        bad[1]["choices"][0] = {"message": None}
+    server.plan = [bad, bad, bad]
+    engine = client(server, env.tokenizer, api="chat")
+    assert "no message in the reply: HTTP 200" in engine.generate(REQUESTS[:1])[0][0].failed
+    assert engine.usage == Usage(0, 1, 2, 0, 30, 15)
+
+
+def dribble(first, part, seconds, pause):
+    """Headers, then a part every so often."""
+    def act(handler):
+        end = time.monotonic() + seconds
+        handler.wfile.write(first)
+        while time.monotonic() < end:
+            handler.wfile.write(part)
+            time.sleep(pause)
+    return act
+
+
+@pytest.mark.parametrize(("first", "part", "pause", "words"), [
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"\n", 0.1, "no whole reply within 0.5 s"),  # case 13
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"7", 0.3, "no whole reply"),
+    (b"HTTP/1.1 200 OK\r\nx: ", b"y", 0.1, "no whole reply"),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"7" * 2**16, 0, "larger than 525088 bytes"),
+    (b"HTTP/1.1 ", b"7" * 2**16, 0, "RemoteProtocolError")])
+def test_a_try_is_bounded_in_seconds_and_bytes(server, tokenizer, first, part, pause, words):
+    server.plan = [dribble(first, part, 5, pause)]
+    start, engine = time.monotonic(), client(server, tokenizer, timeout=0.5, retries=0)
+    assert words in engine.generate(REQUESTS[:1])[0][0].failed
+    assert time.monotonic() - start < 1.5
+
+
+def test_waits_are_those_that_the_server_asks_for(server, tokenizer, refusal):  # cases 9, 10
+    for wait, seconds in (("1.5", 1.5), ("nan", 0), ("-1", 0), ("soon", 0), ("9" * 400, 0)):
+        start, server.plan = time.monotonic(), [(503, "busy", wait)]
+        assert client(server, tokenizer).generate(REQUESTS[:1])[0][0].finished
+        assert seconds <= time.monotonic() - start < seconds + 1
+    server.plan = [(429, "daily limit", "432")]
+    told = refusal(client(server, tokenizer).generate, REQUESTS[:1])
+    assert "wait 432 s, longer than 60 s" in told and "daily limit" in told
+    server.plan, server.seen = [(429, {"error": {"code": "insufficient_quota"}})], []
+    assert "insufficient_quota" in refusal(client(server, tokenizer).generate, REQUESTS)
+    assert len(server.seen) == 1
+
+
+def interrupt(*delays):
+    """Ctrl-C, after so many seconds each."""
+    for delay in delays:
+        threading.Timer(delay, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+
+@pytest.mark.parametrize("trouble", ["interrupt", "401"])
+def test_what_is_under_way_is_drained_into_the_log(server, tokenizer, tmp_path, trouble, capsys):
+    def slow(handler):
+        time.sleep(1.0)
+        handler.send(200, handler.response({"max_tokens": 8}, "ok"))
+
+    server.plan, requests = [slow] * 8, [Request((2, 5, i), 8, (0, i)) for i in range(40)]
+    server.plan[3:4] = ["401"] if trouble == "401" else [slow]
+    engine, log = client(server, tokenizer, concurrency=8, timeout=5), tmp_path / "log.jsonl"
+    if trouble == "interrupt":
+        interrupt(0.5)
+    with pytest.raises((KeyboardInterrupt, ValueError)) as told:
+        LoggedEngine(engine, RunLog(log, HEADER)).generate(requests)
+    assert told.type is (KeyboardInterrupt if trouble == "interrupt" else ValueError)
+    rows = RunLog(log, HEADER).rows  # case 14
+    assert len(rows) == 8 - (trouble == "401") and len(server.seen) == 8
+    assert ("Ctrl-C again gives it up" in capsys.readouterr().err) == (trouble == "interrupt")
+    LoggedEngine(engine, RunLog(log, HEADER)).generate(requests)
+    assert len(server.seen) == 8 + 40 - len(rows), "no logged row is paid for again"
+
+
+def test_a_second_interrupt_aborts(server, tokenizer):
+    server.judge = lambda asked: dribble(b"", b"", 4, 4)
+    start, usual = time.monotonic(), signal.getsignal(signal.SIGINT)
+    interrupt(0.3, 0.7)
+    with pytest.raises(KeyboardInterrupt):
+        client(server, tokenizer, timeout=60, concurrency=2).generate(REQUESTS)
+    assert time.monotonic() - start < 3 and signal.getsignal(signal.SIGINT) is usual
+
+
+# ---------------------------------------------------------------- exams by a server
+@pytest.fixture
+def exam(server, capsys, monkeypatch, tmp_path):
+    """Exit status, standard output and error of an exam of some papers that the server sits."""
+    def command(papers, *words):
+        status, address = 0, f"http://127.0.0.1:{server.server_port}/v1"
+        try:
+            main(["exam", "--exams", str(papers), "--budgets", "64", "--orders", "easy", "--engine",
+                  "openai", "--api", "chat", "--base-url", address, "--retries", "0", *words])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    return command
+
+
+def refuse(wrong, status, body):
+    return lambda asked: (status, body) if wrong(asked) else "ok"
+
+
+@pytest.mark.parametrize(("judge", "words", "mended"), [  # cases 1, 2, 3
+    (refuse(lambda b: "max_tokens" in b or b.get("temperature", 1) != 1, 400, {"error": {
+        "message": "'max_tokens' is not supported, use 'max_completion_tokens'"}}),
+     "'max_tokens' is not supported", "max_tokens=max_completion_tokens temperature=1"),
+    (refuse(lambda b: "seed" in b, 422, {"object": "error", "message": {"detail": [
+        {"loc": ["body", "seed"], "msg": "extra fields"}]}}), "extra fields", "seed="),
+    (refuse(lambda b: "top_p" in b, 400, "temperature and top_p not both"), "not both", "top_p="),
+    (refuse(lambda b: b.get("effort") != "low" or b.get("a") != {"b": [1, 2]}, 400, "no effort"),
+     "no effort", 'effort=low a={"b":[1,2]}')])
+def test_parameters_are_changed_until_the_server_takes_them(server, exam, judge, words, mended):
+    server.judge = judge
+    status, text, error = exam(12, "--temperature", "0.5", "--log", "log")
+    assert status == 2 and words in error and "Score" not in text + error
+    assert len(server.seen) <= 16 and error.startswith("error: the first 8 requests all failed")
+    changes = [word for change in mended.split() for word in ("--request", change)]
+    status, text, error = exam(12, "--temperature", "0.5", "--log", "new", *changes)
+    assert status == 0 and error == "" and "12 responses, 0 failed" in text
+    assert "its request is" in exam(12, "--temperature", "0.5", "--log", "new")[2]
+
+
+def test_one_refused_row_of_twelve_is_missing_and_asked_again(server, exam, tmp_path):  # case 8
+    bad = []
+
+    def judge(asked):
+        message = asked["messages"][0]["content"]
+        bad[:] = bad or [message]
+        long = (400, {"error": {"code": "context_length_exceeded", "message": "too long"}})
+        return long if message == bad[0] else "ok"
+
+    server.judge = judge
+    status, text, error = exam(12, "--log", "log", "--out", "o.csv", "--details")
+    assert status == 0 and "missing" in text and "1 of 12 responses failed" in error
+    assert "HTTP 400" in error and "context_length_exceeded" in error and len(server.seen) == 12
+    (record,) = pd.read_csv("o.csv").to_dict("records")
+    assert record["failed"] == 1 and record["n_exams"] == 12 and record["tokens"] == 3
+    lines = (tmp_path / "log/base-64.jsonl").read_text().splitlines()
+    assert len(lines) == 13 and sum('"failed": "HTTP 400' in line for line in lines) == 1
+    assert exam(12, "--log", "log")[0] == 0 and len(server.seen) == 13
+    server.judge = lambda asked: "ok"
+    status, text, error = exam(12, "--log", "log")
+    assert status == 0 and "missing" not in text and error == "" and len(server.seen) == 14
+
+
+def test_a_run_of_failures_alone_has_no_score(server, exam):  # cases 17, 19
+    server.judge = lambda asked: (500, "out of order")
+    status, text, error = exam(2)
+    assert status == 2 and "every response failed" in error and "out of order" in error
+    assert "Score" not in text and "0 responses, 2 failed" in text
+    server.judge = lambda asked: (400, "prompt: must be a string")
+    for words in (["--api", "completions"], ["--methods", "rational"]):
+        status, text, error = exam(2, *words)
+        assert status == 2 and error.count("\n") == 1 and "Score" not in text
+        assert "must be a string" in error and "--api chat" in error
+
+
+def test_an_interrupted_exam_says_so(server, exam):
+    def interrupting(handler):
+        interrupt(0)
+        time.sleep(0.5)
+        handler.send(200, handler.response({"messages": []}, "ok"))
+
+    server.plan = [interrupting]
+    status, text, error = exam(2, "--concurrency", "1", "--log", "log")
+    assert status == 130 and "interrupted" in error and "Score" not in text
+    assert exam(2, "--log", "log")[0] == 0 and len(server.seen) == 2
 
 
 # ---------------------------------------------------------------- run logs

@@ -31,6 +31,24 @@ def test_the_numbers_of_one_order_by_hand(env, refusal):
     assert "these papers differ" in refusal(summarize, others, easy)
 
 
+def test_exams_without_a_response_count_in_no_number(env):
+    papers = draw_papers(POCKET, 20)
+    exams, other = (in_orders(papers, [order], 0) for order in ("hard", "easy"))
+    engine = reference_engine(env, exams + other, [64])
+    hard, easy = (sit(env, engine, some, 64) for some in (exams, other))
+    lost = [table.assign(failed=np.where(table["exam"].isin(some), "HTTP 400", ""))
+            for table, some in ((hard, [2, 3]), (easy, [3, 4]))]
+    found = summarize(*lost)
+    own, pairs = (~hard["exam"].isin(some) for some in ([2, 3], [2, 3, 4]))
+    alone, paired = (summarize(hard[rows], easy[rows]) for rows in (own, pairs))
+    wanted = alone | {n: v for n, v in paired.items() if n.startswith("regret")} | {
+        "failed": 2, "score_easy": points(easy)[~np.isin(range(20), [3, 4])].mean()}
+    assert found == pytest.approx(wanted, nan_ok=True)
+    nothing = summarize(hard.assign(failed="away"), easy)
+    assert np.isnan([nothing[name] for name in ("score", "score_low", "regret", "tokens")]).all()
+    assert nothing["failed"] == 20 and nothing["score_easy"] == points(easy).mean()
+
+
 def test_intervals_are_those_of_a_bootstrap_over_papers():
     rng = np.random.default_rng(0)
     hard, easy = rng.integers(0, 4, 60).astype(float), rng.integers(1, 4, 60).astype(float)

@@ -10,7 +10,7 @@ from roi_lib.engines.replay import reference_response
 from roi_lib.exams import Exam, draw_papers, in_orders, order_problems, tag
 from roi_lib.problems import Problem
 from roi_lib.store.checkpoints import load_environment
-from roi_lib.worlds import ORDERS, PAPER, POCKET
+from roi_lib.worlds import ORDERS, PAPER, POCKET, TAG_CLOSE, TAG_OPEN
 
 PAPERS = draw_papers(POCKET, 40, seed=3)
 
@@ -121,3 +121,40 @@ def test_headers_are_found_in_any_text(env):
         response = read(env, words)
         assert [response.preamble, *(s.cost for s in response.segments)] == [
             starts[0], *costs.values()]
+
+
+@pytest.mark.parametrize("heading", ["### Problem {i}", "### **Problem {i}**", "**Problem {i}**",
+                                     "## problem {i}:", "#### Problem {i}. Sum", "**Problem {i}:**"])
+def test_headings_as_chat_models_write_them(heading):
+    env = load_environment(PAPER)
+    words = "\n".join(f"{heading.format(i=i)}\nSo \\boxed {{{i}}}." for i in (1, 2, 3))
+    response = read(env, words)
+    assert [segment.answer for segment in response.segments] == ["1", "2", "3"]
+    assert response.preamble == 0 and min(segment.cost for segment in response.segments) > 3
+
+
+@pytest.mark.parametrize(("thought", "answer"), [
+    ("<think> 2? \\boxed{5} </think>", "7"), ("2? \\boxed{5} </think>", "7"),
+    ("<think>\n### Problem 1\n\\boxed{5} </think>", "7"), ("<think> for ever \\boxed{5}", None)])
+def test_a_thought_is_charged_and_never_read(thought, answer):
+    env = load_environment(PAPER)
+    words = f"{thought} \\boxed{{7}}"
+    response = read(env, words, 1)
+    assert response.segments[0].answer == answer
+    assert response.segments[0].cost == response.total == len(env.encode(words))
+
+
+def test_words_without_tokens_are_read_where_a_server_sent_them(env):
+    sent = "Q1. surely 3. \\boxed{not 12} Q2. \\boxed{12} Q3. \\boxed{1{2}} finally"
+    ids = env.encode(sent)
+    assert [s.answer for s in env.parse(ids, 3).segments][:2] == ["12", "12"], "the words vanish"
+    response = env.parse((*ids, env.tokenizer.eos_token_id), 3, sent)
+    assert [s.answer for s in response.segments] == ["not 12", "12", "1{2}"]
+    assert response.total == len(ids) + 1 == sum(s.cost for s in response.segments)
+    cut = env.parse(ids[:5], 3, sent)
+    assert [s.answer for s in cut.segments] == [None, None, None] and cut.total == 5
+
+
+def test_a_level_of_thousands_of_digits_is_no_level(env):
+    words = f"Q1. {TAG_OPEN}Level-{'1' * 4_400}{TAG_CLOSE} \\boxed{{3}}"
+    assert env.read_segment(1, words).level is None

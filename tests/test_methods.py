@@ -11,7 +11,7 @@ from roi_lib.engines import EngineConfig
 from roi_lib.exams import draw_papers, tag
 from roi_lib.experiments import methods
 from roi_lib.experiments.methods import Comparison, run_method, run_methods
-from roi_lib.generation import Engine, within_budget
+from roi_lib.generation import Engine, Rollout, within_budget
 from roi_lib.worlds import ORDERS, POCKET, Method
 
 PAPERS = draw_papers(POCKET, 4)
@@ -66,6 +66,20 @@ def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, hard,
     assert (table["tokens"] <= budget).all() and (table["real"][table["skipped"]] == 3).all()
     table, facts = methods.run_knapsack(comparison, method, env, untagged, budget)
     assert facts["unread_levels"] == 1 and len(untagged.asked) == 12 and table["skipped"].all()
+
+
+def test_greedy_knapsack_marks_a_paper_whose_prediction_failed(env):
+    class Refusing(Honest):
+        def stream(self, requests, temperature=1.0):
+            for i, rollouts in super().stream(requests, temperature):
+                refused = PAPERS[1][0].text in requests[i].message
+                yield i, [Rollout((), False, failed="HTTP 400")] if refused else rollouts
+
+    comparison, levels = Comparison(POCKET, PAPERS), {"easy": 0, "medium": 1, "hard": 2}
+    table, facts = methods.run_knapsack(
+        comparison, Method("none", "roi", charged=True), env, Refusing(env, levels), 64)
+    assert (table["failed"] == "HTTP 400").equals(table["exam"] == 1)
+    assert facts["prediction_tokens"] == 15 and facts["unread_levels"] == 0
 
 
 def same(a, b):

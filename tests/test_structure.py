@@ -11,7 +11,8 @@ from conftest import ROOT
 ORDER = [
     "worlds problems exams grading generation sitting osmckp rational mft rarl evaluation",
     "store.files store.sources store.checkpoints store.tokenizers store.papers store.instances",
-    "engines.logs engines.replay engines.llama engines.vllm engines.openai engines.__init__",
+    "engines.logs engines.replay engines.llama engines.vllm engines.protocol engines.openai "
+    "engines.__init__",
     "training.recipes training.common training.pretrain training.mft training.rarl training.trl",
     "experiments.methods experiments.table experiments.sweeps experiments.diagnosis "
     "experiments.ablations experiments.snapshots experiments.statistics experiments.bench_osmckp "

@@ -1,5 +1,7 @@
 """The main table: records, what is shown of them, and folders that are read back as written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,6 +46,25 @@ def test_records_compare_with_the_first_method_and_with_the_bound(sat):
         assert base["score"] + lost == pytest.approx(at.loc[("rational", budget, "easy"), "score"])
         number = "{score:.3f} [{score_low:.3f},{score_high:.3f}]".format(**base)
         assert number in table.show_order(records, order) and number in table.show_details(records)
+
+
+def test_what_is_missing_is_said_and_differences_are_of_the_same_papers(sat):
+    _, comparison, results, whole = sat
+    lost = (results.table["method"] == "base") & (results.table["budget"] == 32) & (
+        results.table["exam"] == 2)
+    marked = replace(results, table=results.table.assign(failed=np.where(lost, "HTTP 400", "")))
+    records = table.make_records(comparison, marked).set_index(CELL)
+    assert records["failed"].tolist() == [
+        int((method, budget) == ("base", 32)) for method, budget, _ in records.index]
+    own = [per_exam(some)["points"].drop(2) for name in ("base", "replay") for some in [
+        results.table.query(f"method == '{name}' and budget == 32 and order == 'hard'")]]
+    base = records.loc[("base", 32, "hard")]
+    assert base["score"] == own[0].mean()
+    assert base["difference"] == pytest.approx(own[0].mean() - own[1].mean())
+    assert "missing" in table.show_order(records.reset_index())
+    assert "missing" not in table.show_order(whole)
+    untouched = [cell for cell in records.index if cell[:2] != ("base", 32)]
+    pd.testing.assert_frame_equal(records.loc[untouched], whole.set_index(CELL).loc[untouched])
 
 
 def test_a_folder_is_read_back_as_it_was_written(sat):

@@ -49,6 +49,8 @@ class EngineConfig:
         if self.name != "replay":  # which takes any engine's log
             header |= {"engine": self.name, "dtype": self.dtype,
                        "model": model if self.name == "openai" else model_hash(model)}
+        if "request" in self.options:
+            header["request"] = sorted(self.options["request"]) or None
         log = RunLog(self.log / f"{what}.jsonl", header, vocabulary) if self.log else None
         return LoggedEngine(engine, log, what if self.progress else None)
 

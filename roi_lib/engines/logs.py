@@ -1,8 +1,9 @@
 """Run logs: responses on disk as they come, so that a run can stop, go on, and be replayed.
 
 A log is JSON Lines: the first line names the run, each other one holds the rollouts of a request,
-found again by a hash of all that decides them. A log of another run is refused, a bad line is
-named, a last line cut short by a kill is dropped. Many may read a log while one process writes it.
+found again by a hash of all that decides them, or says why there are none, and is then passed over.
+A log of another run is refused, a bad line is named, a last line cut short by a kill is dropped.
+Many may read a log while one process writes it.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
 
+ENOUGH = 8  # requests: if the first so many all fail, others will
 BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
 
 
@@ -32,7 +34,8 @@ def request_key(request: Request, temperature: float) -> str:
 def read_rollout(row: dict, vocabulary: int) -> Rollout:
     """A rollout from its row of a log; `TypeError` or `ValueError` where it is none."""
     r = Rollout(**row | {"ids": tuple(row["ids"])})
-    if [type(r.finished), type(r.overrun), type(r.failed)] != [bool, int, str] or not all(
+    kinds = [type(value) for value in (r.finished, r.overrun, r.failed, r.hidden, r.note, r.text)]
+    if kinds != [bool, int, str, int, str, str] or r.hidden < 0 or not all(
             type(i) is int and 0 <= i < vocabulary for i in r.ids):
         raise ValueError(f"a field is of another type, or an id is none of {vocabulary:,} tokens")
     return r
@@ -54,7 +57,9 @@ class RunLog:
             try:
                 row = json.loads(line)
                 if number > 1:
-                    self.rows[row["key"]] = [read_rollout(r, vocabulary) for r in row["rollouts"]]
+                    if set(dict(row)) != {"key", "failed"}:
+                        self.rows[row["key"]] = [read_rollout(r, vocabulary)
+                                                 for r in row["rollouts"]]
                     continue
                 found = dict(row["run"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -91,12 +96,15 @@ class RunLog:
                              "another folder with --log") from error
 
     def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts of one request, on disk when this returns, but not those of a failed
-        one: it will be asked again. Needs `writing`."""
-        if any(r.failed for r in rollouts):
-            return
-        self.rows[key] = list(rollouts)
-        row = {"key": key, "rollouts": list(map(asdict, rollouts))}
+        """Keep the rollouts of one request, on disk when this returns, but of a failed one, which
+        will be asked again, only the reason. Needs `writing`."""
+        if failed := next((r.failed for r in rollouts if r.failed), ""):
+            row = {"key": key, "failed": failed}
+        else:
+            self.rows[key] = list(rollouts)
+            row = {"key": key, "rollouts": [  # only a server's have the last three
+                {name: value for name, value in asdict(r).items()
+                 if value or name not in ("hidden", "note", "text")} for r in rollouts]}
         if self.path:
             with self.path.open("a") as stream:
                 lines = [row] if stream.tell() else [{"run": self.header}, row]
@@ -122,10 +130,16 @@ class LoggedEngine(Engine):
         yield from [(i, self.log.read(k, requests[i])) for i, k in enumerate(keys) if k in known]
         if not missing:
             return
+        failed = set()
         with self.log.writing(), tqdm(
                 desc=self.progress, disable=self.progress is None, total=len(requests),
                 initial=len(requests) - len(missing), **BAR) as bar:
             for j, rollouts in self.engine.stream([requests[i] for i in missing], temperature):
                 self.log.append(keys[missing[j]], rollouts)
                 bar.update()
+                if j < ENOUGH and rollouts[0].failed:  # as only a server's do
+                    failed.add(j)
+                    if len(failed) == ENOUGH and not known:
+                        self.engine.stop(ValueError(f"the first {ENOUGH} requests all failed, so "
+                                                    f"no others are sent: {rollouts[0].failed}"))
                 yield missing[j], rollouts

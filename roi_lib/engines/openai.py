@@ -1,17 +1,26 @@
-"""Any OpenAI-compatible server, through the official client."""
+"""Any OpenAI-compatible server, over plain HTTP: every try has a deadline and a largest size."""
 
+import asyncio
 import json
 import os
-import time
+import re
+import signal
+import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, replace
-from operator import add
-from urllib.parse import urlsplit
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
+import anyio
+import httpx
+from anyio.from_thread import start_blocking_portal
+
+from roi_lib.engines.protocol import FailedTry, count, one_line, read_reply, with_request
 from roi_lib.engines.vllm import stream_seed
-from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
+from roi_lib.generation import Engine, Request, Rollout, Stream
 from roi_lib.worlds import check_choice
+
+LONGEST_WAIT = 60.0  # seconds before a retry; a server that asks for more ends the run
 
 
 @dataclass
@@ -19,22 +28,21 @@ class Usage:
     """What a server was asked for and what it charged, summed over one run."""
 
     responses: int = 0  # good ones
-    failed: int = 0  # requests given up after all retries
+    failed: int = 0  # requests refused, or given up after all retries
     retries: int = 0  # requests sent again
     overrun: int = 0  # tokens sent beyond the budget
-    tokens_in: int = 0  # prompt tokens, as the server counts them
+    tokens_in: int = 0  # prompt tokens, as the server counts them, in failed tries too
     tokens_out: int = 0  # response tokens, as the server counts them (hidden reasoning included)
+    uncounted: int = 0  # good ones that the server did not count, so the tokenizer did
 
     def report(self, price_in: float = 0.0, price_out: float = 0.0) -> str:
         """One line: counts, and the cost for prices per million tokens."""
         cost = (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
+        unknown = f" (true cost unknown: the server did not count {self.uncounted} responses)"
         return (f"{self.responses} responses, {self.failed} failed, {self.retries} retries; "
                 f"{self.tokens_in} tokens in, {self.tokens_out} out, {self.overrun} beyond the "
-                f"budget; cost {cost:.4f} at {price_in:g} and {price_out:g} per million")
-
-
-class BadAnswer(ValueError):
-    """A server's reply that holds no response: empty choice, malformed JSON, ids missing."""
+                f"budget; cost {cost:.4f} at {price_in:g} and {price_out:g} per million"
+                + unknown * bool(self.uncounted))
 
 
 class OpenAIEngine(Engine):
@@ -42,111 +50,171 @@ class OpenAIEngine(Engine):
 
     `api="completions"` sends token ids and needs ids back, as a vLLM server gives them: the count
     is exact. `api="chat"` is for servers that take messages and give text (GPT-4o-mini, DeepSeek):
-    the text is encoded once with the world's tokenizer, and *these* ids are charged, so that every
-    method pays in the same coin; `usage` has the server's own count, and where that is above the
-    budget, the excess is flagged as overrun. `ValueError`: unknown api, no API key, bad address."""
+    the text is encoded once with the world's tokenizer, and *these* ids are charged, after hidden
+    reasoning, so that every method pays in the same coin; `usage` has the server's own count, and
+    what that is above the budget is overrun. `ValueError`: a bad option, key, address or proxy."""
 
     def __init__(
         self, model: str,  # the name under which the server knows it
         tokenizer,  # the model's (completions) or the world's (chat)
         eos_ids: Sequence[int],  # token ids that end a response
-        base_url: str | None = None,  # the client's default
+        base_url: str | None = None,  # the environment's OPENAI_BASE_URL, or OpenAI's own
         api: str = "completions",  # or "chat"
         key_variable: str = "OPENAI_API_KEY",  # of the environment: it holds the API key
         concurrency: int = 8,  # requests under way at a time
-        retries: int = 4,  # after a time-out, 408, 409, 429, 5xx, lost connection or bad reply
-        timeout: float = 120.0,  # seconds before a try is given up
+        retries: int = 4,  # after a time-out, 408, 409, 425, 429, 5xx, lost connection or bad reply
+        timeout: float = 120.0,  # seconds before a try is given up, whatever has come
         backoff: float = 1.0,  # seconds before the first retry; doubled each time, 30 at most
+        request: Sequence[str] = (),  # changes of the parameters, see `protocol.with_request`
     ) -> None:
-        import httpx
-        import openai
-
         check_choice("api", api, ("completions", "chat"))
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, sorted(set(eos_ids))
-        self.api, self.concurrency, self.retries, self.backoff = api, concurrency, retries, backoff
-        local = urlsplit(base_url or "").hostname in ("127.0.0.1", "localhost", "::1")
-        self._key, self.usage = os.environ.get(key_variable) or "none" * local, Usage()
-        if not self._key:  # a server on this machine needs none
-            raise ValueError(f"the API key is read from the environment; set {key_variable}")
+        if not (concurrency >= 1 and retries >= 0 and timeout > 0):
+            raise ValueError("concurrency and timeout must be above 0, and retries 0 or more")
+        self.api, self.concurrency, self.retries = api, concurrency, retries
+        self.backoff, self.timeout, self.request = backoff, timeout, request
+        self.model, self.eos_ids, self.usage = model, sorted(set(eos_ids)), Usage()
+        self._encode = None if api == "completions" else lambda text: tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True).input_ids
+        with_request({}, request)
+        self._key = os.environ.get(key_variable, "").strip()
+        base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         try:
-            self.client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout,
-                                        max_retries=0)  # for its own, an empty choice is no failure
+            url, self._ssl = httpx.URL(base.strip()), httpx.create_ssl_context()
+            if url.scheme not in ("http", "https") or not url.host:
+                raise ValueError("an address begins with http:// or https://")
+            httpx.AsyncClient(verify=self._ssl)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise ValueError("the client cannot use this address or the proxy of the environment "
-                             f"({error}); mend --base-url, or unset ALL_PROXY, HTTPS_PROXY and "
-                             "HTTP_PROXY") from error
+            raise ValueError(f"cannot use this address or the environment's proxy ({error}); mend "
+                             "--base-url, or unset ALL_PROXY, HTTPS_PROXY, HTTP_PROXY") from error
+        if not self._key and url.host not in ("127.0.0.1", "localhost", "::1"):  # they need none
+            raise ValueError(f"the API key is read from the environment; set {key_variable}")
+        if not re.fullmatch("[!-~]*", self._key):
+            raise ValueError(f"{key_variable} holds characters that no API key has; copy it again")
+        end = "chat/completions" if api == "chat" else "completions"
+        self._url = url.copy_with(path=f"{url.path.rstrip('/')}/{end}")
+
+    def stop(self, error: BaseException) -> None:
+        """Let `stream` ask nothing more, and raise this once what is under way has come."""
+        self._events.put(error)  # which a signal handler may do
 
     def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
-        """See `Engine`; `ValueError`: the server refuses a request (key, model, parameters)."""
-        done: dict[int, dict[int, Rollout]] = {}
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            asked = {pool.submit(self._ask, request, k, temperature): (i, k)
-                     for i, request in enumerate(requests) for k in range(request.n)}
-            for future in as_completed(asked):
-                i, k = asked[future]
-                rollouts = done.setdefault(i, {})
-                rollouts[k], usage = future.result()  # added up in one thread: no count is lost
-                self.usage = Usage(*map(add, astuple(self.usage), astuple(usage)))
-                if len(rollouts) == requests[i].n:
-                    yield i, [rollouts[k] for k in range(requests[i].n)]
-        finally:  # on an interrupt, too: only what is under way is waited for
-            pool.shutdown(cancel_futures=True)
+        """See `Engine`. `ValueError`: no use in going on (key, model, quota). Before it, and after
+        Ctrl-C, comes what is under way, within `timeout`; a second Ctrl-C aborts."""
+        self._events, done, error = SimpleQueue(), [{} for _ in requests], None
+        self._slots, self._halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
+        usual = signal.getsignal(signal.SIGINT)
+        ours = threading.current_thread() is threading.main_thread() and callable(usual)
 
-    def _ask(self, request: Request, k: int, temperature: float) -> tuple[Rollout, Usage]:
-        """One rollout, with its retries, and what it adds to the usage."""
-        import openai
+        def first_interrupt(*_) -> None:
+            signal.signal(signal.SIGINT, usual)
+            self.stop(KeyboardInterrupt())
 
-        for attempt in range(self.retries + 1):
-            try:
-                return self._reply(request, k, temperature, attempt)
-            except openai.APIStatusError as error:
-                status, wait = error.status_code, error.response.headers.get("retry-after")
-                reason = f"HTTP {status}"
-                if status in (401, 403):
-                    raise ValueError(f"the server refused the API key ({reason})") from None
-                if status not in (408, 409, 429) and status < 500:
-                    told = error.message.replace(self._key, "***")[:300]
-                    raise ValueError(f"the server refused a request ({reason}): {told}; see "
-                                     "--model, --base-url and --api") from None
-            # The client lets a reply that is no JSON, or none of the right shape, through as is.
-            except (openai.APIError, json.JSONDecodeError, BadAnswer) as error:
-                reason, wait = f"{type(error).__name__}: {error}", None
-            if attempt < self.retries:
-                seconds = float(wait) if wait and wait.isdigit() else self.backoff * 2**attempt
-                time.sleep(min(seconds, 30.0))
-        failure = Rollout((), False, failed=reason.replace(self._key, "***")[:300])
-        return failure, Usage(failed=1, retries=self.retries)
+        if ours:
+            signal.signal(signal.SIGINT, first_interrupt)
+        try:  # with an event loop in a thread of its own, for a notebook's own is busy
+            with start_blocking_portal() as portal:
+                asked = {portal.start_task_soon(self._ask, request, k, temperature): (i, k)
+                         for i, request in enumerate(requests) for k in range(request.n)}
+                for future in asked:
+                    future.add_done_callback(self._events.put)
+                while asked:
+                    event = self._events.get()
+                    job = asked.pop(event, None)
+                    if trouble := event.exception() if job else event:
+                        error = error or trouble
+                        portal.call(self._halt.set)
+                        if isinstance(trouble, KeyboardInterrupt):
+                            print(f"waiting {self.timeout:g} s at most for what is under way; "
+                                  "Ctrl-C again gives it up", file=sys.stderr)
+                    elif rollout := event.result():
+                        i, k = job
+                        done[i][k] = rollout
+                        if len(done[i]) == requests[i].n:
+                            yield i, [done[i][k] for k in range(requests[i].n)]
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, usual)
+        if error:
+            raise error
 
-    def _reply(self, request: Request, k: int, temperature: float, retries: int) -> tuple:
-        """One try. All options are named: a model's generation config may have other defaults."""
+    async def _ask(self, request: Request, k: int, temperature: float) -> Rollout | None:
+        """One rollout, with its retries; None where the run stops before it."""
+        # All options are named: a model's generation config may have other defaults.
         options = {"model": self.model, "max_tokens": request.budget, "temperature": temperature,
                    "top_p": 1.0, "seed": stream_seed(request, k)}
         if self.api == "chat":
-            reply = self.client.chat.completions.create(
-                messages=[{"role": "user", "content": request.message}], **options)
+            options["messages"] = [{"role": "user", "content": request.message}]
         else:
-            reply = self.client.completions.create(
-                prompt=list(request.prompt), **options,
-                extra_body={"return_token_ids": True, "stop_token_ids": self.eos_ids, "top_k": 0,
-                            "repetition_penalty": 1.0})
-        if not getattr(reply, "choices", None):
-            raise BadAnswer("the reply has no choice")
-        ids, charged = self._ids(reply.choices[0]), reply.usage
-        rollout = within_budget(ids, request.budget, self.eos_ids)
-        tokens_in = charged.prompt_tokens if charged else len(request.prompt)
-        tokens_out = charged.completion_tokens if charged else len(ids)
-        excess = max(rollout.overrun, tokens_out - request.budget)
-        return replace(rollout, overrun=excess), Usage(1, 0, retries, excess, tokens_in, tokens_out)
+            options |= {"prompt": request.prompt, "return_token_ids": True, "top_k": 0,
+                        "stop_token_ids": self.eos_ids, "repetition_penalty": 1.0}
+        body = json.dumps(with_request(options, self.request))
+        async with self._slots:
+            for attempt in range(self.retries + 1):
+                if self._halt.is_set():
+                    return None
+                try:
+                    return await self._try(request, body)
+                except FailedTry as failure:
+                    reason, again, seconds = failure.args
+                except ValueError:
+                    self._halt.set()
+                    raise
+                if attempt == self.retries or not again:
+                    break
+                self.usage.retries += 1  # all counts are kept in one thread: none is lost
+                with anyio.move_on_after(seconds or min(self.backoff * 2**attempt, 30.0)):
+                    await self._halt.wait()
+        self.usage.failed += 1
+        return Rollout((), False, failed=reason)
 
-    def _ids(self, choice) -> list[int]:
-        """The token ids of a choice: as sent, or of its text."""
-        if self.api == "completions":
-            if ids := getattr(choice, "token_ids", None):
-                return ids
-            raise BadAnswer("the reply has no token ids (vLLM gives them; others need --api chat)")
-        if not (choice.message and choice.message.content):
-            raise BadAnswer("the reply has no text")
-        ids = self.tokenizer(choice.message.content, add_special_tokens=False,
-                             split_special_tokens=True).input_ids
-        return ids + [self.eos_ids[0]] * (choice.finish_reason == "stop")
+    async def _try(self, request: Request, body: str) -> Rollout:
+        """The response of one try. `FailedTry`: none; `ValueError`: nor will others have one."""
+        got, data = await self._post(body, largest=2**19 + 100 * request.budget)
+        try:
+            reply = json.loads(data)
+        except (ValueError, RecursionError):
+            reply = None
+        told = one_line(f"HTTP {got.status_code}: {data.decode('utf-8', 'replace')}", self._key)
+        sent, spent = count(reply, "prompt_tokens"), count(reply, "completion_tokens")
+        self.usage.tokens_in += sent or 0
+        self.usage.tokens_out += spent or 0
+        if got.is_success and isinstance(reply, dict) and not reply.get("error"):
+            rollout = read_reply(reply, told, request.budget, self.eos_ids, self._encode)
+            self.usage.uncounted += None in (sent, spent)
+            self.usage.tokens_in += len(request.prompt) * (sent is None)
+            seen = len(rollout.ids) + rollout.hidden + rollout.overrun
+            self.usage.tokens_out += seen * (spent is None)
+            excess = max(rollout.overrun, (spent or 0) - request.budget)
+            self.usage.overrun += excess
+            self.usage.responses += 1
+            return replace(rollout, overrun=excess)
+        if got.status_code in (401, 402, 404) or b"insufficient_quota" in data:
+            raise ValueError(f"refused: {told}; see the API key, --model, --base-url and --api")
+        wait = got.headers.get("retry-after", "")  # in seconds; few servers send a date
+        seconds = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
+        if seconds > LONGEST_WAIT:
+            raise ValueError(f"the server asks to wait {seconds:g} s, longer than {LONGEST_WAIT:g} "
+                             f"s ({told}); the same command later goes on from its --log")
+        if got.is_success or got.status_code >= 500 or got.status_code in (408, 409, 425, 429):
+            raise FailedTry(told, True, seconds)
+        raise FailedTry(f"{told}; see --request, or --api chat if it takes no token ids", False, 0)
+
+    async def _post(self, body: str, largest: int) -> tuple[httpx.Response, bytearray]:
+        """Status and headers, and the whole body; `FailedTry`: lost, too late or too large."""
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers |= {"authorization": f"Bearer {self._key}"} if self._key else {}
+        data = bytearray()
+        try:
+            with anyio.fail_after(self.timeout):
+                async with (httpx.AsyncClient(verify=self._ssl, timeout=None) as client,
+                            client.stream("POST", self._url, content=body, headers=headers) as got):
+                    async for part in got.aiter_raw():
+                        data += part
+                        if len(data) > largest:
+                            raise FailedTry(f"the reply is larger than {largest} bytes", True, 0)
+            return got, data
+        except TimeoutError:
+            reason = f"no whole reply within {self.timeout:g} s"
+        except httpx.HTTPError as error:
+            reason = one_line(f"{type(error).__name__}: {error}", self._key)
+        raise FailedTry(reason, True, 0)

@@ -197,11 +197,12 @@ def run_knapsack(comparison: Comparison, method: Method, env: Environment, engin
     levels = predicted["predicted"].mask(unread, env.world.skip_level).to_numpy().reshape(shape)
     tokens = predicted["tokens"].to_numpy().reshape(shape).sum(1)
     charges, tables = tokens * method.charged, []
+    failed = predicted["failed"].to_numpy().reshape(shape).max(1)  # a paper's reason, if any
     for order in comparison.orders:
         exams, parts = comparison.exams(order), []
         own = np.take_along_axis(levels, comparison.places(order), 1)
-        chosen = [greedy_knapsack(row, budget - charge, env.world.centroids).tolist()
-                  for row, charge in zip(own, charges, strict=True)]
+        chosen = [[] if reason else greedy_knapsack(row, budget - charge, env.world.centroids)
+                  for row, charge, reason in zip(own, charges, failed, strict=True)]
         for charge in sorted(set(charges)):  # one, unless a prediction ended before its tag
             rows = [i for i, some in enumerate(chosen) if any(some) and charges[i] == charge]
             if rows and budget - charge >= env.smallest_budget:
@@ -209,9 +210,12 @@ def run_knapsack(comparison: Comparison, method: Method, env: Environment, engin
                 part = take(some, int(budget - charge))
                 parts.append(part.assign(exam=np.take(rows, part["exam"])))
         tables.append(whole_papers(env, exams, budget, own, parts, charges))
-    return pd.concat(tables, ignore_index=True), {
-        "prediction_tokens": float(tokens.mean()), "prediction_charged": method.charged,
-        "unread_levels": float(unread.mean())}
+    table = pd.concat(tables, ignore_index=True)
+    table["failed"] = table["failed"].mask(table["failed"] == "", failed[table["exam"]])
+    return table, {
+        "prediction_tokens": float(pd.Series(tokens)[failed == ""].mean()),
+        "prediction_charged": method.charged,
+        "unread_levels": float(unread[predicted["failed"] == ""].mean())}
 
 
 def whole_papers(env: Environment, exams: Sequence[Exam], budget: int, levels: np.ndarray,

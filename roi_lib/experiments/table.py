@@ -83,10 +83,12 @@ def with_brackets(records: pd.DataFrame, name: str, form: str = ".3f") -> list[s
 
 
 def show_order(records: pd.DataFrame, order: str = "hard") -> str:
-    """One order as text: a row a method; Score, Regret and tokens, budgets side by side."""
+    """One order as text: a row a method; Score, Regret and tokens, budgets side by side, and where
+    any exam has no response, how many."""
     parts = {f"{budget} tokens": pd.DataFrame({
         "Score": with_brackets(own, "score"), "Regret": own["regret"].map("{:.3f}".format),
-        "tokens": own["tokens"].map("{:.1f}".format)}).set_axis(own["method"])
+        "tokens": own["tokens"].map("{:.1f}".format)} | (
+            {"missing": own["failed"]} if records["failed"].any() else {})).set_axis(own["method"])
         for budget, own in records[records["order"] == order].groupby("budget", sort=False)}
     text = pd.concat(parts, axis=1).rename_axis(None).to_string()
     return "\n".join(line.rstrip() for line in text.splitlines())

@@ -50,7 +50,8 @@ def describe(table: pd.DataFrame) -> dict[str, float]:
     """What a table of rollouts alone decides of `COLUMNS`, and the rest of `evaluation.rates`."""
     tokens, finished = responses(table)[["tokens", "finished"]].mean()
     return rates(table) | {"reward": float(exam_rewards(table).double().nanmean()),
-                           "score": points(table).mean(), "tokens": tokens, "cut": 1 - finished}
+                           "score": pd.Series(points(table)).mean(),
+                           "tokens": tokens, "cut": 1 - finished}
 
 
 def check_gap(gap: float) -> float:
