@@ -14,8 +14,7 @@
 The optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: V* has the
 base model's abilities, and training may add to them. Intervals are 95 % percentile intervals of a
 bootstrap over papers, with the same resamples for whatever is compared; a number NAME comes with
-NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06.
-"""
+NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -62,11 +61,10 @@ def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
                   seed: int = 0) -> dict[str, float]:
     """NAME, NAME_low and NAME_high of a statistic of the columns' means. An exam that is NaN in one
     column, for lack of a response, counts in none."""
-    if any(np.isnan(column).any() for column in columns):
-        there = ~np.isnan(np.stack(columns)).any(0)
-        columns = [column[there] for column in columns]
-        if not there.any():
-            return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+    there = ~np.isnan(np.stack(columns)).any(0)
+    if not there.any():
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+    columns = [np.asarray(column)[there] for column in columns]
     low, high = paired_interval(columns, statistic, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*(np.mean(column) for column in columns)))

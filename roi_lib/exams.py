@@ -6,8 +6,7 @@
 
 A paper is a tuple of problems; an `Exam` is a paper in the order in which it must be answered:
 `easy` (easy to hard), `hard` (hard to easy) or `medium` (a seeded shuffle that is neither).
-Notebook 02.
-"""
+Notebook 02."""
 
 import random
 import re

@@ -6,8 +6,7 @@
     sample_token, CachedDecoder    its parts: one token a row; the model's forward, step by step
 
 The end-of-sequence token is charged like any other. `engines` has faster and other back ends
-behind the same interface. Notebook 03.
-"""
+behind the same interface. Notebook 03."""
 
 import math
 from collections.abc import Iterator, Sequence

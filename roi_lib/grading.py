@@ -7,8 +7,7 @@ The pocket world compares integers. Of real answers math-verify is the judge; ar
     decide, differs   refuse what math-verify would credit; decide says what it must be asked
     ask, serve        math-verify in processes that may hang or die, and are started anew
 
-A unit is left out, not converted; `\%` is one: `50\%` is 50, as the datasets write it, not 0.5.
-"""
+A unit is left out, not converted; `\%` is one: `50\%` is 50, as the datasets write it, not 0.5."""
 
 import functools
 import json
@@ -19,7 +18,6 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -29,7 +27,6 @@ from roi_lib.worlds import SKIP_ANSWER, World
 MAX_ANSWER_CHARACTERS = 1_000  # no gold answer comes near, and parsing more may never end
 SECONDS_PER_ANSWER = 5  # of computing: neither a busy nor a stopped machine decides a mark
 BYTES_PER_PROCESS = 2 * 2**30  # of address space, on Linux
-DIGITS = 1_000  # to which math-verify compares what is not rational
 PROCESSES = min(4, os.cpu_count() or 1)
 log = logging.getLogger(__name__)
 
@@ -57,10 +54,10 @@ _UNIT = (r"(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:(?:(?:(?:milli|centi|kilo)?(?:
          r"lit(?:er|re))|inch(?:es)?|foot|feet|yard|mile|pound|ounce|ton|gallon|second|minute|hour|"
          r"day|week|month|year|dollar|cent|degree|radian|unit|point|percent|people|person|student|"
          r"time|way)s?|[ckm]m|[km]g|m[lL]|k[mJWg]|lbs?|oz|ft|in|yd|mi|sec|mins?|hrs?|mph)"
-         rf"(?![A-Za-z])\.?|{_MONEY}){_POWER}")
+         r"(?![A-Za-z])\.?|\\?%|(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0)\s*[CF]?"
+         rf"|{_MONEY}){_POWER}")
 _UNITS = re.compile(rf"(?<![A-Za-z\\])\s*-?(?:/|\bper\b|\ban?\b)?\s*(?:{_UNIT}|{_LETTERS}(?=\s*/))"
                     rf"(?:\s*(?:/|per\b|\\cdot|\s)\s*(?:{_UNIT}|{_LETTERS}{_POWER}(?![A-Za-z])))*\s*$")
-_SIGNS = re.compile(r"(?:\s*(?:\\?%|(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0)\s*[CF]?))+$")
 _FRACTION = re.compile(r"\\frac\s*(?:(\d)|\{\s*([-+]?\d+)\s*\})\s*(?:(\d)|\{\s*([-+]?\d+)\s*\})",
                        re.ASCII)
 _NUMBER = re.compile(  # 1,000.5 and 0.1\overline{6}, or 1/2 and 1 1/2
@@ -87,9 +84,9 @@ def normalize(text: str) -> str:
 
 
 def read_number(text: str, commas: bool = True) -> Fraction | None:
-    r"""The number that a normal text writes out (12, -0.5, `1\frac{1}{2}`, 90°), or None. Without
+    r"""The number that a normal text writes out (12, -0.5, `1\frac{1}{2}`), or None. Without
     `commas`, 1,000 is a list, as it is in a gold answer, where `1{,}000` is a number."""
-    text = _FRACTION.sub(r" \1\2/\3\4 ", _SIGNS.sub("", text)).strip()
+    text = _FRACTION.sub(r" \1\2/\3\4 ", text).strip()
     found = _NUMBER.fullmatch(re.sub(r"^([-+]?)\s*\(([^()]*)\)$", r"\1\2", text).strip())
     if not found or (found["bottom"] and not int(found["bottom"])) or ("," in text and not commas):
         return None
@@ -183,8 +180,8 @@ def grade(world: World, pairs: list[tuple[str, str | None]]) -> list[bool]:
                  if re.fullmatch(r"\s*[0-9]{1,1000}\s*", answer) and int(answer) == int(gold)}
         return [pair in right for pair in pairs]
     marks = dict(zip(todo, verdicts(todo), strict=True))
-    for word, n in Counter(marks.values()).items():
-        if word in ("too slow", "too big", "crashed"):
+    for word in ("too slow", "too big", "crashed"):
+        if n := list(marks.values()).count(word):
             log.warning("%d answers count as wrong because grading them was %s", n, word)
     return [marks.get(pair) == "equal" for pair in pairs]
 
@@ -216,7 +213,7 @@ def serve(seconds: float) -> None:
     @functools.lru_cache(10_000)
     def read(text: str) -> list:
         found = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
-        # Worked out, rational numbers are compared exactly, however small.
+        # Worked out, rational numbers are compared exactly, others to 1,000 digits.
         return [x.doit() if getattr(x, "is_number", False) else x for x in found]
 
     print("ready", flush=True)
@@ -224,7 +221,7 @@ def serve(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # after these, the system ends the process
         try:
             gold, answer = map(read, pair)
-            same = verify(gold, answer, numeric_precision=DIGITS, timeout_seconds=None,
+            same = verify(gold, answer, numeric_precision=1_000, timeout_seconds=None,
                           raise_on_error=True, allow_set_relation_comp=True)
             print("equal" if same else "different" if gold and answer else "unreadable", flush=True)
         except MemoryError:

@@ -7,8 +7,7 @@ Stage one of the method (paper, section on MFT), step by step:
     make_row           one or several of these -> one training row whose tags are exact
     curriculum         the rows: every problem alone, then exams in mixed orders
 
-`training.mft` fine-tunes on the rows, and measures the model. Notebook 04.
-"""
+`training.mft` fine-tunes on the rows, and measures the model. Notebook 04."""
 
 import random
 import re

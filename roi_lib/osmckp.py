@@ -14,8 +14,7 @@ tokens that remain. An action is a finite distribution over (token cost, reward 
 A cost above the remaining budget is a *truncation*: no reward, and all that remained is spent.
 A *policy* is an int array (N, B + 1): problem x tokens left -> action. A *plan* (N,) has one
 action per problem, and is taken for a policy everywhere. Values that differ by at most TIE times
-the largest total reward tie; a tie goes to the smaller expected charge, then to the lower index.
-"""
+the largest total reward tie; a tie goes to the smaller expected charge, then to the lower index."""
 
 import math
 from collections import defaultdict, namedtuple

@@ -6,8 +6,7 @@
 Each tier has its own shape of cost, standing for GSM8K (easy: one to three steps), MATH (medium: a
 longer chain) and AIME (hard: a short statement, then a search whose length nobody can read off).
 Problems are split by a hash of their *skeleton*, the numbers without names and things, so that no
-test problem is a training problem in other clothes. Notebook 00.
-"""
+test problem is a training problem in other clothes. Notebook 00."""
 
 import hashlib
 import math

@@ -1,7 +1,7 @@
 """The rational test-taker: what perfect allocation would make of a model's own abilities.
 
 `sample_outcomes` tries single problems, `rational_bounds` solves every paper exactly in every order
-and under every budget, and `decision_losses` says what it costs to skip, and to try.
+and under every budget.
 
 It may *solve* a problem (one of K attempts of the model, by chance) or *skip* it, in the order of
 the paper, knowing what is left of the budget: OS-MCKP with two actions a class. With finitely many
@@ -15,8 +15,7 @@ it is paid for. So there are two sides, and two that know less and more:
                 know more than a statement gives away), and is paid by the problem's own attempts
     hindsight   the best choices when each outcome is known beforehand; no policy has it
 
-Notebook 06.
-"""
+Notebook 06."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ import pandas as pd
 
 from roi_lib.exams import SKIP_WORDS, Environment, Exam
 from roi_lib.generation import Engine
-from roi_lib.osmckp import Action, Instance, Solution, expected_future, expected_reward, solve
+from roi_lib.osmckp import Action, Instance, Solution, solve
 from roi_lib.problems import Problem
 from roi_lib.sitting import sit
 
@@ -172,18 +171,3 @@ def hindsight(cost: np.ndarray, correct: np.ndarray, skip: int, budget: int) -> 
         right = correct[:, np.array(chosen, bool)].all(axis=1)
         best = np.maximum(best, sum(chosen) * (right & (total <= budget)))
     return best.mean(axis=1)
-
-
-def decision_losses(outcomes: Outcomes, place: np.ndarray, budget: int) -> np.ndarray:
-    """What it costs in points to skip and to try, [papers, problems, budget + 1, 2].
-
-    The last but one axis is the tokens left. A loss is V_i(b) - Q_i(action, b), for a test-taker
-    who goes by all attempts: 0 for the better action. The losses of an exam's decisions add up, in
-    expectation, to V* - Score (the performance-difference lemma; Kakade and Langford, 2002)."""
-    every, losses = np.ones(outcomes.cost.shape[2], bool), []
-    for solution in solve_in_order(outcomes.classes(every), place, budget):
-        value = solution.value_function
-        losses.append([value[i] - expected_reward(some, budget)
-                       - expected_future(some, value[i + 1])
-                       for i, some in enumerate(solution.instance.classes)])
-    return np.moveaxis(np.array(losses), 2, 3)

@@ -18,8 +18,7 @@ already. Everything else is read from their table, a pandas DataFrame with a row
     overrun, failed            tokens that a back end sent beyond the budget; why there is none
     prompt, ids                token ids of the prompt and of the response
 
-What is from `tokens` on belongs to the response, and stands in each of its rows. Notebook 02.
-"""
+What is from `tokens` on belongs to the response, and stands in each of its rows. Notebook 02."""
 
 from collections.abc import Sequence
 

@@ -124,7 +124,7 @@ def test_headers_are_found_in_any_text(env):
 
 
 @pytest.mark.parametrize("heading", ["### Problem {i}", "### **Problem {i}**", "**Problem {i}**",
-                                     "## problem {i}:", "#### Problem {i}. Sum", "**Problem {i}:**"])
+                                     "## problem {i}:", "#### Problem {i}. Sum", "**Problem {i}:"])
 def test_headings_as_chat_models_write_them(heading):
     env = load_environment(PAPER)
     words = "\n".join(f"{heading.format(i=i)}\nSo \\boxed {{{i}}}." for i in (1, 2, 3))

@@ -9,6 +9,7 @@ import pytest
 from roi_lib import osmckp, rational
 from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Exam, draw_papers
+from roi_lib.experiments.table import decision_losses
 from roi_lib.rational import Outcomes, rational_bounds
 from roi_lib.worlds import POCKET
 
@@ -65,7 +66,7 @@ def test_bounds_equal_brute_force(tagged):
 
 def test_losses_of_decisions_add_up_to_what_a_policy_falls_short_of():
     some, papers, budget = luck(7, 20, 3), 20, 90
-    losses = rational.decision_losses(some, np.tile(PLACE, (papers, 1)), budget)
+    losses = decision_losses(some, np.tile(PLACE, (papers, 1)), budget)
     assert losses.shape == (papers, 3, budget + 1, 2) and (losses > -1e-12).all()
     cost, correct = some.cost[:, PLACE], some.correct[:, PLACE]
     best = [brute_force(*exam, range(3), range(3), budget)[0]

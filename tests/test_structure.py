@@ -45,7 +45,7 @@ def test_modules_import_one_way_and_the_core_no_room():
 def test_the_core_is_read_in_an_evening_and_everything_is_short():
     lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
     assert sum(lines[name] for name in ORDER[0].split()) <= 2_300
-    assert sum(lines.values()) <= 6_500 and max(lines.values()) <= 520
+    assert sum(lines.values()) <= 6_950 and max(lines.values()) <= 520
     assert [f"{name}: {node.name}" for name in MODULES for node in ast.walk(ast.parse(TEXTS[name]))
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60] == []
 

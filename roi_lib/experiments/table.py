@@ -12,7 +12,8 @@ import pandas as pd
 
 from roi_lib import evaluation
 from roi_lib.experiments.methods import Comparison, Results
-from roi_lib.rational import Outcomes
+from roi_lib.osmckp import expected_future, expected_reward
+from roi_lib.rational import Outcomes, solve_in_order
 from roi_lib.sitting import points as problems_solved
 from roi_lib.store.checkpoints import model_label
 from roi_lib.store.files import verify_folder, write_csv, write_folder, write_json
@@ -105,6 +106,21 @@ def show_details(records: pd.DataFrame) -> str:
             block = rows[CELL].assign(**{name: with_brackets(rows, name) for name in names})
             texts.append(block.to_string(index=False))
     return "\n\n".join(texts)
+
+
+def decision_losses(outcomes: Outcomes, place: np.ndarray, budget: int) -> np.ndarray:
+    """What it costs in points to skip and to try, [papers, problems, budget + 1, 2].
+
+    The last but one axis is the tokens left. A loss is V_i(b) - Q_i(action, b), for a test-taker
+    who goes by all attempts: 0 for the better action. The losses of an exam's decisions add up, in
+    expectation, to V* - Score (the performance-difference lemma; Kakade and Langford, 2002)."""
+    every, losses = np.ones(outcomes.cost.shape[2], bool), []
+    for solution in solve_in_order(outcomes.classes(every), place, budget):
+        value = solution.value_function
+        losses.append([value[i] - expected_reward(some, budget)
+                       - expected_future(some, value[i + 1])
+                       for i, some in enumerate(solution.instance.classes)])
+    return np.moveaxis(np.array(losses), 2, 3)
 
 
 def save_comparison(folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
