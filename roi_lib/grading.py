@@ -54,10 +54,10 @@ _UNIT = (r"(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:(?:(?:(?:milli|centi|kilo)?(?:
          r"lit(?:er|re))|inch(?:es)?|foot|feet|yard|mile|pound|ounce|ton|gallon|second|minute|hour|"
          r"day|week|month|year|dollar|cent|degree|radian|unit|point|percent|people|person|student|"
          r"time|way)s?|[ckm]m|[km]g|m[lL]|k[mJWg]|lbs?|oz|ft|in|yd|mi|sec|mins?|hrs?|mph)"
-         r"(?![A-Za-z])\.?|\\?%|(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0)\s*[CF]?"
-         rf"|{_MONEY}){_POWER}")
+         rf"(?![A-Za-z])\.?|{_MONEY}){_POWER}")
 _UNITS = re.compile(rf"(?<![A-Za-z\\])\s*-?(?:/|\bper\b|\ban?\b)?\s*(?:{_UNIT}|{_LETTERS}(?=\s*/))"
-                    rf"(?:\s*(?:/|per\b|\\cdot|\s)\s*(?:{_UNIT}|{_LETTERS}{_POWER}(?![A-Za-z])))*\s*$")
+                    rf"(?:\s*(?:/|per\b|\\cdot|\s)\s*(?:{_UNIT}|{_LETTERS}{_POWER}(?![A-Za-z])))*\s*$"
+                    r"|\s*(?:\\?%|(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0)\s*[CF]?)\s*$")
 _FRACTION = re.compile(r"\\frac\s*(?:(\d)|\{\s*([-+]?\d+)\s*\})\s*(?:(\d)|\{\s*([-+]?\d+)\s*\})",
                        re.ASCII)
 _NUMBER = re.compile(  # 1,000.5 and 0.1\overline{6}, or 1/2 and 1 1/2

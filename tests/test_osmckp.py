@@ -271,7 +271,7 @@ def test_bad_documents(tmp_path, where, change):
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "no JSON"), (b'{"budget": 9', "no JSON"), (b"\xff\xfe", "no JSON"),
     (b"[" * 100_000, "no JSON"), (b'{"budget": ' + b"9" * 5_000 + b"}", "no JSON"),
-    (b"[]", "classes: missing"), (b"{}", "classes: missing"),
+    (b"[]", "holds no object"), (b"{}", "classes: missing"),
     (b'{"classes": []}', "budget: missing")])
 def test_bad_files_are_refused_in_one_sentence(tmp_path, content, message):
     path = tmp_path / "exam.json"
