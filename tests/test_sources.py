@@ -12,7 +12,7 @@ from roi_lib.problems import Problem, problem_stream
 from roi_lib.store import sources
 from roi_lib.worlds import PAPER, POCKET
 
-FLAWS = [f"openai/gsm8k/main/{row}" for row in sources.KNOWN_FLAWS]
+FLAWS = list(sources.KNOWN_FLAWS)
 COINS = "Ben has 3 coins and finds 2 more on his long way home,"
 
 

@@ -134,7 +134,7 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
         check_samples(comparison.samples)
     if not 0 <= comparison.temperature < np.inf:
         raise ValueError(f"temperature must be 0 (greedy) or above, not {comparison.temperature}")
-    for name in {comparison.checkpoint(name): name for name in names}.values():
+    for name in dict(zip(checkpoints, names, strict=True)).values():
         comparison.environment(name).check_budget(min(budgets))
     workers = workers or default_workers(comparison, checkpoints)
     if workers == 1:

@@ -17,16 +17,18 @@ from roi_lib.grading import ask, exact, normalize, read_number, read_words
 from roi_lib.problems import Problem, closing_brace, is_generated
 from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
 
-#: Rows of GSM8K whose gold answer is wrong: that answer, and the right one. Each was solved twice.
-#: Read were the 470 rows whose last calculator note is not the gold answer, and 665 that use a
-#: number from nowhere or pass over one; rows that can be read in two ways are not here.
+#: Rows whose published gold answer is wrong, by problem id. Each was solved twice. Of GSM8K the 470
+#: rows were read whose last calculator note is not the gold answer, and 665 that use a number from
+#: nowhere or pass over one; rows that can be read in two ways are not here.
 KNOWN_FLAWS = {
-    "train/356": (66, 64), "train/803": (17, 16), "train/1081": (2460, 1060),
-    "train/1776": (94, 104), "train/2770": (106, 108), "train/3110": (64, 67),
-    "train/3263": (16, 4), "train/3529": (3, 13), "train/4428": (560, 840),
-    "train/4796": (140, 120), "train/5181": (10, 15), "train/5782": (380, 330),
-    "train/5936": (500, 1400), "train/7182": (4, 10), "train/7444": (280, 140),
-    "test/454": (150, 240)}
+    f"openai/gsm8k/main/{row}": f"labelled {gold}, but the right answer is {right}"
+    for row, gold, right in (
+        ("train/356", 66, 64), ("train/803", 17, 16), ("train/1081", 2460, 1060),
+        ("train/1776", 94, 104), ("train/2770", 106, 108), ("train/3110", 64, 67),
+        ("train/3263", 16, 4), ("train/3529", 3, 13), ("train/4428", 560, 840),
+        ("train/4796", 140, 120), ("train/5181", 10, 15), ("train/5782", 380, 330),
+        ("train/5936", 500, 1400), ("train/7182", 4, 10), ("train/7444", 280, 140),
+        ("test/454", 150, 240))}
 NEAR = 0.7  # share of common word triples from which on two statements are near-duplicates
 log = logging.getLogger(__name__)
 
@@ -77,12 +79,6 @@ def flaw(text: str, answer: str) -> str:
     return "" if fine else f"the gold answer {gold[:20]!r} is none"
 
 
-def known_flaw(name: str) -> str:
-    """Why the row of this id is not used, if its gold answer is known to be wrong."""
-    gold, right = KNOWN_FLAWS.get(name.removeprefix("openai/gsm8k/main/"), ("", ""))
-    return f"labelled {gold}, but the right answer is {right}" if right else ""
-
-
 def load_source(family: str, tier: str, split: str, root: Path | None) -> tuple[list, dict]:
     """All problems of one dataset, and its rows that were left out: id -> reason. A local `root`
     holds the dataset under its hub id, and a copy's other number of rows is logged; None reads the
@@ -107,7 +103,7 @@ def load_source(family: str, tier: str, split: str, root: Path | None) -> tuple[
                 text, answer, solution = read_row(row)
             except KeyError as error:
                 raise ValueError(f"{name} has no column {error}, but {', '.join(row)}") from error
-            if reason := known_flaw(name) or flaw(text, answer):
+            if reason := KNOWN_FLAWS.get(name) or flaw(text, answer):
                 left_out[name] = reason
             else:
                 problems.append(Problem(name, text, answer, solution, tier, family))
