@@ -13,7 +13,7 @@ from collections import Counter, defaultdict, namedtuple
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from roi_lib.grading import ask, exact, normalize, read_number, read_words
+from roi_lib.grading import ask, normalize, read_number, read_words
 from roi_lib.problems import Problem, closing_brace, is_generated
 from roi_lib.worlds import SKIP_ANSWER, TIERS, World, check_choice
 
@@ -164,7 +164,7 @@ def readable(world: World, golds: list[str]) -> list[bool]:
         return [re.fullmatch("[0-9]{1,1000}", gold) is not None for gold in golds]
     own = [normalize(gold) for gold in golds]
     plain = [read_number(gold) is not None or bool(read_words(gold)) for gold in own]
-    rest = [exact(gold) for gold, is_plain in zip(own, plain, strict=True) if not is_plain]
+    rest = [gold for gold, is_plain in zip(own, plain, strict=True) if not is_plain]
     found = iter(ask([[gold, rf"\displaystyle {gold}"] for gold in rest]))
     return [is_plain or next(found) == "equal" for is_plain in plain]
 
