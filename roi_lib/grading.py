@@ -35,7 +35,7 @@ _REWRITE = [(re.compile(pattern), word) for pattern, word in (
     (r"\{bmatrix\}", "{pmatrix}"), (r"\\in(?![a-z])", "="), (r"_\s*\{\s*(\d+)\s*\}", r"_\1"),
     (r"(?<=\d)(?:\{,\}|,\\!\s*|')(?=\d{3}(?!\d))", ""),  # thousands beyond doubt
     (r"(\d)\s*\\(?:times|cdot)\s*10\s*\^\s*(?:(\d)|\{\s*(-?\d{1,3})\s*\})", r"\1e\2\3"),
-    (rf"(\d(?:\s|\\,)*){_WRAPPER}\{{\s*[ACFJKLNVWghlms]\s*\}}", r"\1 units"),  # else a variable
+    (rf"(\d(?:\s|\\[ ,])*){_WRAPPER}\{{\s*[ACFJKLNVWghlms]\s*\}}", r"\1 units"),  # else a variable
     (rf"{_WRAPPER}\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 "), (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
     (r"(?:\\(?:displaystyle|textstyle|bf|rm|q?quad)(?![A-Za-z])|\\?\$|\*\*|[~\s]|"
      r"(?<!\\)\\[][()! ,:;])+", " "), (r"\\(?:left|right)(?![A-Za-z])", ""),
