@@ -95,7 +95,8 @@ class OpenAIEngine(Engine):
 
     def stop(self, error: BaseException) -> None:
         """Let `stream` ask nothing more, and raise this once what is under way has come."""
-        self._events.put(error)  # which a signal handler may do
+        self._events.put(error)  # both are what a signal handler may do
+        self._loop.call_soon_threadsafe(self._halt.set)  # not only when its turn comes
 
     def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
         """See `Engine`. `ValueError`: no use in going on (key, model, quota). Before it, and after
@@ -109,10 +110,11 @@ class OpenAIEngine(Engine):
             signal.signal(signal.SIGINT, usual)
             self.stop(KeyboardInterrupt())
 
-        if ours:
-            signal.signal(signal.SIGINT, first_interrupt)
         try:  # with an event loop in a thread of its own, for a notebook's own is busy
             with start_blocking_portal() as portal:
+                self._loop = portal.call(asyncio.get_running_loop)
+                if ours:
+                    signal.signal(signal.SIGINT, first_interrupt)
                 asked = {portal.start_task_soon(self._ask, request, k, temperature): (i, k)
                          for i, request in enumerate(requests) for k in range(request.n)}
                 for future in asked:
