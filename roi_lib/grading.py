@@ -32,13 +32,12 @@ _WRAPPER = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname|underline|bo
 _MONEY = r"(?:\\(?:textdollar|pounds)(?![a-z])|[¢£¥€₹]|Rs\.?|USD|EUR|GBP)"
 _REWRITE = [(re.compile(pattern), word) for pattern, word in (
     ("[\u2212\u2013]", "-"), ("²", "^2"), ("³", "^3"), ("¼", " 1/4"), ("½", " 1/2"), ("¾", " 3/4"),
-    (r"\{bmatrix\}", "{pmatrix}"), (r"\\in(?![a-z])", "="), (r"_\s*\{\s*(\d+)\s*\}", r"_\1"),
-    (r"(?<=\d)(?:\{,\}|,\\!\s*|')(?=\d{3}(?!\d))", ""),  # thousands beyond doubt
+    (r"\\in(?![a-z])", "="), (r"_\s*\{(\d+)\}", r"_\1"), (r"\\(?:left|right)(?![a-z])", ""),
+    (r"\{bmatrix\}", "{pmatrix}"), (r"(?<=\d)(?:\{,\}|,\\!\s*|')(?=\d{3}(?!\d))", ""),  # thousands
     (r"(\d)\s*\\(?:times|cdot)\s*10\s*\^\s*(?:(\d)|\{\s*(-?\d{1,3})\s*\})", r"\1e\2\3"),
     (rf"(\d(?:\s|\\[ ,])*){_WRAPPER}\{{\s*[ACFJKLNVWghlms]\s*\}}", r"\1 units"),  # else a variable
     (rf"{_WRAPPER}\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 "), (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
-    (r"(?:\\(?:displaystyle|textstyle|bf|rm|q?quad)(?![A-Za-z])|\\?\$|\*\*|[~\s]|"
-     r"(?<!\\)\\[][()! ,:;])+", " "), (r"\\(?:left|right)(?![A-Za-z])", ""),
+    (r"(?:\\(?:[a-z]+style|bf|rm|quad)(?![a-z])|(?<!\\)\\[][()! ,:;]|\\?\$|\*\*|[~\s])+", " "),
     (r"[, ]*\b(?:and|or)\b ?", ", "), (r"(?i)^ ?(?:the )?(?:final )?answer(?: is)?[ :=]*", ""),
     (rf"^ ?([-+]?) ?{_MONEY} ?(?=[\d.])", r"\1"), (r"^[ ;,]+|[ ;,]*(?<!\.)\.?[ ;,]*$", ""))]
 _UNIT = (r"(?:(?:(?:centi|kilo|milli)?(?:gram|liter|meter|metre)|inche?|foot|feet|yard|mile|ton|"
@@ -99,9 +98,10 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 def differs(gold: str, answer: str) -> bool:
     """Whether two expressions differ in what math-verify passes over: words, the brackets of a
     tuple, interval or set, and signs that make an answer vague."""
-    words = {*re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", answer)} - {*re.findall("[A-Za-z]+", gold)}
-    own, found = (re.findall(r"^\(|\\{|(?<!\\sqrt)\[|\]", text) for text in (gold, answer))
-    return bool(words or _VAGUE.search(f"{gold}\n{answer}") or own and found and own != found)
+    new = {*re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", answer)} - {*re.findall("[A-Za-z]+", gold)}
+    own, seen = (re.findall(r"^\(|\\{|(?<!\\sqrt)\[|\]", text) for text in (gold, answer))
+    uneven = sum(map(answer.count, "([")) != sum(map(answer.count, ")]"))
+    return bool(new or uneven or _VAGUE.search(f"{gold}\n{answer}") or own and seen and own != seen)
 
 
 def decide(gold: str, answer: str) -> tuple[str, list[str]]:
