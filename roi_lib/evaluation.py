@@ -11,12 +11,12 @@
     lost to order        V*(easy) - V*(order)   no policy could have avoided it
     lost to allocation   V*(order) - Score      better allocation would have saved it
 
-The optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: V* has the
-base model's abilities, and training may add to them. Intervals are 95 % percentile intervals of a
+The optimality gap is the second as a share, 1 - Score / V*(order), of the exact policy that knows
+of a problem what its statement gives away. Intervals are 95 % percentile intervals of a
 bootstrap over papers, with the same resamples for whatever is compared; a number NAME comes with
 NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -167,15 +167,14 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     }
 
 
-def shortfall(points: np.ndarray, bound: pd.DataFrame, easy: pd.DataFrame,
-              seed: int = 0) -> dict[str, float]:
-    """What a method leaves behind, beside V*, the achievable side of the bound: its `points`, one
-    number a paper, in the order of `bound`, and the bound of the same papers in the easy order."""
-    columns = [points, bound["achievable"].to_numpy(), easy["achievable"].to_numpy()]
-    return {"rational": float(bound["achievable"].mean()),
-            "rational_plug_in": float(bound["plug_in"].mean()),
-            "rational_by_family": float(bound["by_family"].mean()),
-            "hindsight": float(bound["hindsight"].mean())} | with_interval(
+def shortfall(points: np.ndarray, bound: Mapping[str, np.ndarray],
+              easy: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """What a method leaves behind, beside V*, what the exact policy by statement earns with the
+    method's own abilities: `points`, one number a paper, `bound` of `rational.BOUNDS` of the same
+    cell, and of the same papers in the easy order."""
+    columns = [points, bound["statement"], easy["statement"]]
+    return {f"bound_{name}": float(np.mean(values)) for name, values in bound.items()
+            } | with_interval(
         "optimality_gap", columns, lambda x, v, e: 1 - x / v, seed) | with_interval(
         "lost_to_order", columns, lambda x, v, e: e - v, seed) | with_interval(
         "lost_to_allocation", columns, lambda x, v, e: v - x, seed)

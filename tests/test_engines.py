@@ -388,10 +388,9 @@ def test_a_run_of_failures_alone_has_no_score(server, exam):  # cases 17, 19
     assert status == 2 and "every response failed" in error and "out of order" in error
     assert "Score" not in text and "0 responses, 2 failed" in text
     server.judge = lambda asked: (400, "prompt: must be a string")
-    for words in (["--api", "completions"], ["--methods", "rational"]):
-        status, text, error = exam(2, *words)
-        assert status == 2 and error.count("\n") == 1 and "Score" not in text
-        assert "must be a string" in error and "--api chat" in error
+    status, text, error = exam(2, "--api", "completions")
+    assert status == 2 and error.count("\n") == 1 and "Score" not in text
+    assert "must be a string" in error and "--api chat" in error
 
 
 def test_an_interrupted_exam_says_so(server, exam):

@@ -12,7 +12,9 @@ from roi_lib.experiments.table import make_records
 from roi_lib.problems import Problem
 from roi_lib.worlds import TIERS, World, check_choice
 
-BUDGET_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5)  # of the world's largest budget
+#: Of the world's largest budget. In the pocket world training leaves 72, 144 and 208 tokens out.
+BUDGET_SHARES = (3/16, 1/4, 9/32, 3/8, 1/2, 9/16, 5/8, 3/4, 13/16, 1)
+PER_PROBLEM = (1/16, 1/8, 3/16)  # of the same, for each problem of a paper
 TIERS_IN_TURN = ("easy", "hard", "medium") * 2  # a paper of n problems holds the first n
 MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium", "hard"),
          ("medium", "medium", "hard"), ("easy", "hard", "hard"), ("medium", "hard", "hard"))
@@ -20,11 +22,12 @@ MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium"
 
 def settings(world: World, sweep: str) -> list[tuple]:
     """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget. The more
-    `problems`, the larger the budget: a third of the world's largest for each."""
+    `problems`, the larger the budget."""
     top = max(world.budgets)
     sweeps = {
         "budget": [(None, TIERS, tuple(round(share * top) for share in BUDGET_SHARES), 1.0)],
-        "problems": [(n, TIERS_IN_TURN[:n], (round(top * n / 3),), 1.0) for n in (2, 3, 4, 5, 6)],
+        "problems": [(n, TIERS_IN_TURN[:n], tuple(round(top * n * share) for share in PER_PROBLEM),
+                      1.0) for n in (2, 4, 5, 6)],
         "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
         "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
     check_choice("sweep", sweep, sweeps)

@@ -11,6 +11,7 @@ from itertools import permutations, product
 import numpy as np
 
 from roi_lib import osmckp
+from roi_lib.experiments import knapsack
 from roi_lib.worlds import ORDERS, POCKET
 
 EXERCISES = {}
@@ -137,7 +138,7 @@ def _(answer):
         return "need exactly one problem and a budget of at most 20 tokens"
     if answer.max_score > 1 or osmckp.solve(answer).value <= 0:
         return "no reward above 1 point, and some reward must be within reach"
-    if osmckp.optimality_gap(answer, osmckp.greedy_roi(answer)) <= 0.5:
+    if knapsack.optimality_gap(answer, knapsack.greedy_roi(answer)) <= 0.5:
         return "greedy earns half of the optimum or more: which action has the best *ratio*?"
 
 

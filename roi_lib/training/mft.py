@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from roi_lib import mft
 from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
 from roi_lib.evaluation import confusion, rates
-from roi_lib.exams import Environment, draw_papers, in_orders, tag
+from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import Engine
 from roi_lib.sitting import sit
 from roi_lib.store.checkpoints import model_hash
@@ -34,13 +34,12 @@ def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
 
 def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
     """What each token weighs in the loss, [vocabulary]: `tag_weight` for a level, else 1."""
-    weights, vocabulary = torch.ones(len(env.tokenizer)), env.tokenizer.get_vocab()
+    weights = torch.ones(len(env.tokenizer))
     if recipe.tag_weight != 1:
-        ids = [vocabulary.get(f"Level-{level}") for level in range(env.world.skip_level + 1)]
-        if not all(i in env.encode(tag(level)) for level, i in enumerate(ids)):
+        if not env.level_ids:
             raise ValueError("tag_weight needs a tokenizer with one token for each level; "
                              "give tag_weight 1")
-        weights[ids] = recipe.tag_weight
+        weights[env.level_ids] = recipe.tag_weight
     return weights
 
 
@@ -65,7 +64,8 @@ class DevLog(common.Report):
     def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
         super().__init__()
         papers = draw_papers(env.world, recipe.dev_exams, 3, "train", recipe.seed + 1_000, pool)
-        self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
+        self.env, self.recipe = env, recipe
+        self.exams = in_orders(papers, ORDERS, recipe.seed)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step is logged, whatever its number."""
@@ -79,7 +79,7 @@ class DevLog(common.Report):
         common.check_finite(logs, f"step {state.global_step}")
         model.eval()
         row = rates(sit(self.env, engine_for(model, self.env.tokenizer), self.exams,
-                        2 * max(self.env.world.budgets), style="roi", seed=1))
+                        max(self.recipe.budgets), style="roi", seed=1))
         model.train()
         self.log.append(row | {"step": state.global_step, "loss": float(logs["loss"]),
                                "rate": float(logs["learning_rate"]) / args.learning_rate,
@@ -135,7 +135,8 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
     `confusion` [predicted][real], and `missed_skips`, which none of `k` samples of the base solved
     (`refused`, of all problems). `false_skips`: the base's mean solve rate of what is skipped."""
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
-    ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
+    ample = int(min(2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams),
+                    env.world.largest_budget))
     before = sit(env, base, exams, ample, seed=seed)
     after = sit(env, tagged, exams, ample, style="roi", seed=seed)
     if (after["predicted"] < 0).all():
@@ -201,10 +202,10 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
                                               "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
         samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
-                                       problems, recipe.samples, recipe.seed)
+                                       problems, recipe.samples, recipe.seed, recipe.styles)
         targets = [mft.align(world, *pair, recipe.target)
                    for pair in zip(problems, samples, strict=True)]
-        rows = mft.curriculum(env, targets, recipe)
+        rows = mft.curriculum(env, problems, samples, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
         documents = {"labels.json": label_statistics(targets)}
         if papers:

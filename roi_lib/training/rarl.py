@@ -4,9 +4,10 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, RARLRecipe, World
 
 PAPERS_SEED = 1  # of the unseen papers behind a card, whatever the training's: runs compare
+THIRDS = ("small", "middle", "large")  # of the budgets of training, a third each
 LARGEST_GAP = 0.01  # in nats: the largest mean difference of sampler and trainer
 RATES = [*(f"skip_{tier}" for tier in TIERS), "answers_tagged_right", "skips_tagged_right"]
 CARD = ["method", "budget", "order", "score", "score_low", "score_high", "regret", *RATES[2:]]
@@ -30,10 +32,13 @@ SHOWN = ["reward", "score", "skip_hard", "accuracy", "grad_norm"]  # beside the 
 #: Columns of the log, and what each tells. What could not be measured is an empty field.
 COLUMNS = {
     "step": "updates done",
-    "budget": "tokens that each exam of the step might use",
+    "budget": "mean tokens that an exam of the step might use",
     "reward": "mean reward of an exam",
     "score": "mean number of problems solved, whatever their tags",
     **{f"skip_{tier}": f"share of the {tier} problems skipped" for tier in TIERS},
+    **{f"skip_{third}": f"share of the hard problems skipped under {third} budgets"
+       for third in THIRDS},
+    **{f"level_{third}": f"mean level of what is tried under {third} budgets" for third in THIRDS},
     "level_accuracy": "share of tags that name the real level, where the budget did not cut",
     "accuracy": "share of the answers given that are right",
     "tokens": "mean tokens spent on an exam",
@@ -41,17 +46,24 @@ COLUMNS = {
     "no_spread": "share of groups whose rewards are all equal: they teach nothing",
     "grad_norm": "norm of the gradient before clipping",
     "entropy": "mean entropy of a response token, in nats, over the groups with spread",
+    "level_entropy": "the same of the tokens that are a level: 0 where nothing is left to choose",
     "logprob_gap": "mean difference of sampler's and trainer's log-probabilities, in nats",
     "seconds": "time of training so far",
 }
 
 
-def describe(table: pd.DataFrame) -> dict[str, float]:
-    """What a table of rollouts alone decides of `COLUMNS`, and the rest of `evaluation.rates`."""
-    tokens, finished = responses(table)[["tokens", "finished"]].mean()
-    return rates(table) | {"reward": float(exam_rewards(table).double().nanmean()),
-                           "score": pd.Series(points(table)).mean(),
-                           "tokens": tokens, "cut": 1 - finished}
+def describe(table: pd.DataFrame, budgets: Sequence[int]) -> dict[str, float]:
+    """What a table of rollouts alone decides of `COLUMNS`, and the rest of `evaluation.rates`;
+    `budgets` are those of the recipe."""
+    budget, tokens, finished = responses(table)[["budget", "tokens", "finished"]].mean()
+    third = np.searchsorted(np.quantile(budgets, [1 / 3, 2 / 3]), table["budget"])
+    hard, tagged = table["tier"] == TIERS[-1], table["predicted"] >= 0
+    tried = table["predicted"].where(tagged & ~table["skipped"])
+    by_budget = {f"{name}_{word}": values[third == i].mean() for i, word in enumerate(THIRDS)
+                 for name, values in (("skip", table["skipped"].where(hard)), ("level", tried))}
+    return rates(table) | by_budget | {
+        "reward": float(exam_rewards(table).double().nanmean()), "budget": budget,
+        "score": pd.Series(points(table)).mean(), "tokens": tokens, "cut": 1 - finished}
 
 
 def check_gap(gap: float) -> float:
@@ -103,8 +115,8 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
             gap, done = math.nan, step + 1
             if step % recipe.log_every == 0:
                 gap = logprob_gap(model, engine, table[table["exam"] == 0], recipe.temperature)
-            log.append({"step": done, "budget": int(table["budget"].iloc[0]), **describe(table),
-                        **learned, "logprob_gap": gap})
+            log.append({"step": done, **describe(table, recipe.budgets), **learned,
+                        "logprob_gap": gap})
             bar.set_postfix({name: log.rows[-1][name] for name in SHOWN})
             save_snapshot(work, model, recipe, done)
             if done % recipe.save_every == 0 or done == recipe.steps:
