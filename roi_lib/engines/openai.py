@@ -110,9 +110,9 @@ class OpenAIEngine(Engine):
             signal.signal(signal.SIGINT, usual)
             self.stop(KeyboardInterrupt())
 
-        try:  # with an event loop in a thread of its own, for a notebook's own is busy
-            with start_blocking_portal() as portal:
-                self._loop = portal.call(asyncio.get_running_loop)
+        with start_blocking_portal() as portal:  # its event loop: a notebook's own is busy
+            self._loop = portal.call(asyncio.get_running_loop)
+            try:  # our handler goes before the loop does, which it calls
                 if ours:
                     signal.signal(signal.SIGINT, first_interrupt)
                 asked = {portal.start_task_soon(self._ask, request, k, temperature): (i, k)
@@ -133,9 +133,9 @@ class OpenAIEngine(Engine):
                         done[i][k] = rollout
                         if len(done[i]) == requests[i].n:
                             yield i, [done[i][k] for k in range(requests[i].n)]
-        finally:
-            if ours:
-                signal.signal(signal.SIGINT, usual)
+            finally:
+                if ours:
+                    signal.signal(signal.SIGINT, usual)
         if error:
             raise error
 
