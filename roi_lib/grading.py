@@ -24,7 +24,6 @@ from roi_lib.worlds import SKIP_ANSWER, World
 
 MAX_ANSWER_CHARACTERS = 1_000  # no gold answer comes near, and parsing more may never end
 SECONDS_PER_ANSWER = 5  # of computing: neither a busy nor a stopped machine decides a mark
-BYTES_PER_PROCESS = 2 * 2**30  # of address space, on Linux
 PROCESSES = min(4, os.cpu_count() or 1)
 log = logging.getLogger(__name__)
 
@@ -96,12 +95,14 @@ def split_names(text: str) -> tuple[list[str], list[str]]:
 
 
 def differs(gold: str, answer: str) -> bool:
-    """Whether two expressions differ in what math-verify passes over: words, the brackets of a
-    tuple, interval or set, and signs that make an answer vague."""
-    new = {*re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", answer)} - {*re.findall("[A-Za-z]+", gold)}
+    """Whether they differ in letters, words, brackets or signs; math-verify passes over some."""
+    runs = [re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", text) for text in (gold, answer)]
+    letters, used = ({*"".join(run for run in some if len(run) < 3)} for some in runs)
+    new = {run for run in runs[1] if len(run) > 2} - {*re.findall("[A-Za-z]+", gold)}
     own, seen = (re.findall(r"^\(|\\{|(?<!\\sqrt)\[|\]", text) for text in (gold, answer))
     uneven = sum(map(answer.count, "([")) != sum(map(answer.count, ")]"))
-    return bool(new or uneven or _VAGUE.search(f"{gold}\n{answer}") or own and seen and own != seen)
+    return bool(letters and letters != used or new or uneven or own and seen and own != seen
+                or _VAGUE.search(f"{gold}\n{answer}"))
 
 
 def decide(gold: str, answer: str) -> tuple[str, list[str]]:
@@ -117,14 +118,13 @@ def decide(gold: str, answer: str) -> tuple[str, list[str]]:
     if len(wanted) > 1 or own and len(values) > 1 and read_number(wanted[0]) is None:  # an equation
         wanted, values = [gold], [answer]
     (gold,), answer = wanted, values[-1]
-    number, given = read_number(gold, commas=False), read_number(answer)
+    number, given, word = read_number(gold, commas=False), read_number(answer), ""
     if number is not None:  # for 144, neither `12^2` nor `143.9999999`
         word = "not worked out" if given is None else "equal" if given == number else "different"
     elif words := read_words(gold):
         word = "equal" if words == (read_words(answer) or answer.lower()) else "different"
-    else:
-        word = "different" if differs(gold, answer) else ""
     asked = values[:-1] if word else values  # a chain holds if all of it is equal
+    word = "different" if any(differs(gold, value) for value in asked) else word
     return "" if asked and word == "equal" else word, [gold, *asked]
 
 
@@ -174,7 +174,7 @@ def serve(seconds: float) -> None:
     """What that process does: read lists of texts, and print a verdict on each."""
     if sys.platform == "linux":
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES_PER_PROCESS, BYTES_PER_PROCESS))
+        resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))  # bytes of address space
     from math_verify import parse, verify
 
     @functools.lru_cache(10_000)
