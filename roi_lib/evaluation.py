@@ -1,7 +1,7 @@
 """Evaluation: Score and Regret with intervals, shares of a table, and what is lost to whom.
 
     score_and_regret, summarize              the numbers of one order under one budget
-    paired_difference, regret_difference     two methods on the same papers
+    paired_difference                        two methods on the same papers
     rates                                    whatever is a share: of skips, right answers, tags
     shortfall                                what a method leaves behind, beside the rational one
 
@@ -11,12 +11,12 @@
     lost to order        V*(easy) - V*(order)   no policy could have avoided it
     lost to allocation   V*(order) - Score      better allocation would have saved it
 
-The optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: V* has the
-base model's abilities, and training may add to them. Intervals are 95 % percentile intervals of a
+The optimality gap is the second as a share, 1 - Score / V*(order), of the exact policy that knows
+of a problem what its statement gives away. Intervals are 95 % percentile intervals of a
 bootstrap over papers, with the same resamples for whatever is compared; a number NAME comes with
 NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -75,17 +75,6 @@ def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, tuple]:
     """Mean of a - b, points of the same papers in the same sequence, and its interval."""
     return float(np.mean(a) - np.mean(b)), paired_interval([a, b], lambda x, y: x - y, seed)
-
-
-def regret_difference(a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: np.ndarray,
-                      seed: int = 0) -> tuple[float, tuple]:
-    """Regret of method a minus that of b, and its interval.
-
-    All four are points of the same papers in the same sequence: each method's in the order in
-    question and in the easy one."""
-    found = with_interval("regret", [a, a_easy, b, b_easy], lambda x, x_easy, y, y_easy: (
-        (x_easy - x) / x_easy - (y_easy - y) / y_easy), seed)
-    return found["regret"], (found["regret_low"], found["regret_high"])
 
 
 def score_and_regret(points: np.ndarray, easy: np.ndarray, seed: int = 0) -> dict[str, float]:
@@ -167,15 +156,14 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     }
 
 
-def shortfall(points: np.ndarray, bound: pd.DataFrame, easy: pd.DataFrame,
-              seed: int = 0) -> dict[str, float]:
-    """What a method leaves behind, beside V*, the achievable side of the bound: its `points`, one
-    number a paper, in the order of `bound`, and the bound of the same papers in the easy order."""
-    columns = [points, bound["achievable"].to_numpy(), easy["achievable"].to_numpy()]
-    return {"rational": float(bound["achievable"].mean()),
-            "rational_plug_in": float(bound["plug_in"].mean()),
-            "rational_by_family": float(bound["by_family"].mean()),
-            "hindsight": float(bound["hindsight"].mean())} | with_interval(
+def shortfall(points: np.ndarray, bound: Mapping[str, np.ndarray],
+              easy: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """What a method leaves behind, beside V*, what the exact policy by statement earns with the
+    method's own abilities: `points`, one number a paper, `bound` of `rational.BOUNDS` of the same
+    cell, and of the same papers in the easy order."""
+    columns = [points, bound["statement"], easy["statement"]]
+    return {f"bound_{name}": float(np.mean(values)) for name, values in bound.items()
+            } | with_interval(
         "optimality_gap", columns, lambda x, v, e: 1 - x / v, seed) | with_interval(
         "lost_to_order", columns, lambda x, v, e: e - v, seed) | with_interval(
         "lost_to_allocation", columns, lambda x, v, e: v - x, seed)

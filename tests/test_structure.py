@@ -10,13 +10,14 @@ from conftest import ROOT
 #: Each imports from those before it only. First the core, in reading order; then room by room.
 ORDER = [
     "worlds problems exams grading generation sitting osmckp rational mft rarl evaluation",
-    "store.files store.sources store.checkpoints store.tokenizers store.papers store.instances",
+    "store.files store.sources store.checkpoints store.tokenizers store.papers",
     "engines.logs engines.replay engines.llama engines.vllm engines.protocol engines.openai "
     "engines.__init__",
     "training.recipes training.common training.pretrain training.mft training.rarl training.trl",
-    "experiments.methods experiments.table experiments.sweeps experiments.diagnosis "
-    "experiments.ablations experiments.snapshots experiments.statistics experiments.bench_osmckp "
-    "experiments.bench_generation experiments.bench_rarl",
+    "experiments.knapsack experiments.instances experiments.methods experiments.table "
+    "experiments.sweeps experiments.counterfactuals experiments.diagnosis experiments.ablations "
+    "experiments.statistics experiments.bench_osmckp experiments.bench_generation "
+    "experiments.bench_rarl",
     "teaching.plots teaching.exercises teaching.doctor", "__main__"]
 MODULES = [name for line in ORDER for name in line.split()]
 TEXTS = {".".join(path.relative_to(ROOT / "roi_lib").with_suffix("").parts): path.read_text()

@@ -102,6 +102,9 @@ class OpenAIEngine(Engine):
         """See `Engine`. `ValueError`: no use in going on (key, model, quota). Before it, and after
         Ctrl-C, comes what is under way, within `timeout`; a second Ctrl-C aborts."""
         self._events, done, error = SimpleQueue(), [{} for _ in requests], None
+        if self.api == "chat" and not all(request.message for request in requests):
+            raise ValueError("a chat server begins an answer with its own words; to begin with "
+                             "others, as exact policies and rules do, take --api completions")
         self._slots, self._halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
         usual = signal.getsignal(signal.SIGINT)
         ours = threading.current_thread() is threading.main_thread() and callable(usual)

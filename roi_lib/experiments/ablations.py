@@ -15,7 +15,7 @@ from tqdm import tqdm
 from roi_lib.exams import draw_papers
 from roi_lib.experiments.diagnosis import diagnose
 from roi_lib.store.checkpoints import load_environment, load_model
-from roi_lib.store.files import check_file, read_csv, write_csv
+from roi_lib.store.files import check_file, write_csv
 from roi_lib.training.rarl import PAPERS_SEED, measure, train
 from roi_lib.worlds import RARLRecipe, World, check_choice
 
@@ -27,13 +27,17 @@ ABLATIONS = {
                   lambda r: {}, "base"),
     "answer_only": ("without the condition on the level, tags are free to drift",
                     lambda r: {"reward": "answer"}, "mft"),
+    "uncut": ("right answers alone are rewarded, and no budget cuts them: nothing is scarce",
+              lambda r: {"reward": "answer", "cut": False}, "mft"),
+    "budget_for_step": ("one budget for all exams of a step: within it, nothing tells them apart",
+                        lambda r: {"budget_for": "step"}, "mft"),
     "skip_bonus": ("a small reward for a right skip", lambda r: {"reward": "skip_bonus"}, "mft"),
     "grpo": ("GRPO's two normalisers instead of Dr. GRPO",
              lambda r: {"scale": "std", "normalizer": "length"}, "mft"),
     "high_rate": ("ten times the learning rate: the policy collapses",
                   lambda r: {"learning_rate": 10 * r.learning_rate}, "mft"),
-    "single_budget": ("the smallest budget only: too many skips under the others",
-                      lambda r: {"budgets": (min(r.budgets),)}, "mft"),
+    "single_budget": ("one small budget only: too many skips under the others",
+                      lambda r: {"budgets": (64,)}, "mft"),
 }
 COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
            "regret_high", "skip_easy", "skip_medium", "skip_hard", "answers_tagged_right",
@@ -79,18 +83,6 @@ def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Seque
     for name, error in failed.items():
         raise ValueError(f"{name} failed ({error}); run the same command again") from error
     return table
-
-
-def write_seeds(checkpoints: Sequence[tuple[int, Path]], out: Path) -> None:
-    """Checkpoints of RARL, (seed of the training, folder), in one table; the start, the same for
-    all, comes once, and the logs become TABLE/SEED.csv. `OSError`: no `exam.csv` or `log.csv`."""
-    tables = []
-    check_table(out, [str(seed) for seed, _ in checkpoints])
-    for seed, folder in checkpoints:
-        rows = read_csv(folder / "exam.csv", ["method"]).rename(columns={"method": "variant"})
-        rows["seed"] = rows["variant"].map({"rarl": seed}).astype("Int64")
-        tables.append(rows[rows["variant"] != "start"] if tables else rows)
-    write_table(out, tables, {str(seed): folder / "log.csv" for seed, folder in checkpoints})
 
 
 def check_table(out: Path, names: Sequence[str]) -> None:

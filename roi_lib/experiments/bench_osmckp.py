@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
 from roi_lib import osmckp
+from roi_lib.experiments import knapsack
 from roi_lib.osmckp import SKIP, Action, Instance
 
 
@@ -36,14 +37,15 @@ def best_ms(function, repeats: int) -> float:
 def offline(n: int, budget: int, exams: int, repeats: int) -> dict:
     """The dynamic program for known outcomes beside milp, on the same draws."""
     instance = random_instance(n, budget, 4, 64)
-    draws = osmckp.draw(instance, exams)
+    draws = knapsack.draw(instance, exams)
     known = [np.array([(i, action.cost[pick[run, k]], action.reward[pick[run, k]])
                        for i, pick in enumerate(draws)
                        for k, action in enumerate(instance.classes[i])], float).T
              for run in range(exams)]
-    dp_ms = best_ms(lambda: osmckp.hindsight_scores(instance, draws), repeats) / exams
+    dp_ms = best_ms(lambda: knapsack.hindsight_scores(instance, draws), repeats) / exams
     milp_ms = best_ms(lambda: [milp_value(*one, budget) for one in known], 1) / exams
-    difference = osmckp.hindsight_scores(instance, draws) - [milp_value(*x, budget) for x in known]
+    best = knapsack.hindsight_scores(instance, draws)
+    difference = best - [milp_value(*x, budget) for x in known]
     return {"exams": exams, "N": n, "B": budget, "K": 4, "dp_ms_per_exam": dp_ms,
             "milp_ms_per_exam": milp_ms, "speedup": milp_ms / dp_ms,
             "largest_difference": float(np.abs(difference).max())}

@@ -24,8 +24,9 @@ from roi_lib.training.trl import grpo_config, make_trainer
 from roi_lib.worlds import POCKET, RARLRecipe, TRLRecipe
 
 RECIPE = RARLRecipe(
-    steps=3, exams=16, rollouts=16, budgets=(64,), learning_rate=1e-4, trl=TRLRecipe(
-        rows_at_once=256, lora_rank=0, bf16=False, checkpointing=False))  # its fastest way
+    steps=3, exams=16, rollouts=16, budgets=(64,), budget_for="exam", learning_rate=1e-4,
+    trl=TRLRecipe(  # its fastest way
+        rows_at_once=256, lora_rank=0, bf16=False, checkpointing=False))
 
 
 def plain_trainer(env: Environment, model, recipe: RARLRecipe, work: Path) -> GRPOTrainer:

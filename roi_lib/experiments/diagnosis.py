@@ -46,6 +46,12 @@ def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Find
          f"{level}, with score {last.score:.2f} and {reward}",
          "start from an MFT checkpoint, with the prompting style that it was trained on; check the "
          "level edges against the costs, tag included"),
+        (last.skip_small - last.skip_large < 0.1, "budgets not told apart",
+         f"skip_small {last.skip_small:.2f}, skip_large {last.skip_large:.2f}: one rule for all",
+         "draw a budget for each exam (budget_for exam), and start from an MFT whose rows were "
+         "chosen under their budgets (combinations); check that a budget is one token"),
+        (last.level_entropy < 0.01, "no choice left",
+         f"level_entropy {last.level_entropy:.3f} nats", "an earlier checkpoint, a lower rate"),
         (last.no_spread > 0.9, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",
          "more rollouts an exam; exams that the model solves now and then; temperature 1")]
     return [Finding(*words) for fits, *words in checks if fits]

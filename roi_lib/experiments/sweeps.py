@@ -12,19 +12,19 @@ from roi_lib.experiments.table import make_records
 from roi_lib.problems import Problem
 from roi_lib.worlds import TIERS, World, check_choice
 
-BUDGET_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5)  # of the world's largest budget
+PER_PROBLEM = (1/16, 1/8, 3/16)  # of the world's largest budget, for each problem of a paper
 TIERS_IN_TURN = ("easy", "hard", "medium") * 2  # a paper of n problems holds the first n
 MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium", "hard"),
          ("medium", "medium", "hard"), ("easy", "hard", "hard"), ("medium", "hard", "hard"))
 
 
 def settings(world: World, sweep: str) -> list[tuple]:
-    """(x, tiers of a paper, budgets, temperature) of each setting; x None: the budget. The more
-    `problems`, the larger the budget: a third of the world's largest for each."""
+    """(x, tiers of a paper, budgets, temperature) of each setting. The more `problems`, the larger
+    the budget."""
     top = max(world.budgets)
     sweeps = {
-        "budget": [(None, TIERS, tuple(round(share * top) for share in BUDGET_SHARES), 1.0)],
-        "problems": [(n, TIERS_IN_TURN[:n], (round(top * n / 3),), 1.0) for n in (2, 3, 4, 5, 6)],
+        "problems": [(n, TIERS_IN_TURN[:n], tuple(round(top * n * share) for share in PER_PROBLEM),
+                      1.0) for n in (2, 4, 5, 6)],
         "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
         "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
     check_choice("sweep", sweep, sweeps)
@@ -42,6 +42,5 @@ def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, se
         here = replace(engine, log=engine.log / f"{sweep}-{i}") if engine.log else engine
         comparison = Comparison(world, papers, seed, temperature, engine=here)
         records = make_records(comparison, run_methods(comparison, methods, budgets, workers))
-        tables.append(records.assign(sweep=sweep, tiers="-".join(tiers),
-                                     x=records["budget"] if x is None else x))
+        tables.append(records.assign(sweep=sweep, tiers="-".join(tiers), x=x))
     return pd.concat(tables, ignore_index=True).round(6)

@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 DATA = Path(__file__).resolve().parents[2] / "data"
 MANIFEST = "manifest.json"
 #: How the tables, JSON files and pictures begin that commands write: these may be replaced.
-OURS = re.compile(rb'(world,method|sweep,x|variant,budget|step),|\x89PNG.{,60}\0roi_lib|'
-                  rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"|\Z', re.DOTALL)
+OURS = re.compile(rb'(world,method|method,budget|sweep,x|question,x|variant,budget|step),|'
+                  rb'\x89PNG.{,60}\0roi_lib|\Z|'
+                  rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"', re.DOTALL)
 
 
 class CheckpointError(ValueError):

@@ -21,11 +21,15 @@ from roi_lib.store import checkpoints, files
 from roi_lib.worlds import World
 
 
-def load_start(world: World, checkpoint: str, out: Path) -> tuple[Environment, torch.nn.Module]:
+def load_start(world: World, checkpoint: str, out: Path,
+               budgets: Sequence[int]) -> tuple[Environment, torch.nn.Module]:
     """The environment and the float32 model that a stage starts from; `ValueError`: they do not
-    belong together or could not be saved, or `out` is not ours to replace."""
+    belong together or could not be saved, `out` is not ours to replace, or a prompt cannot state
+    one of the `budgets`."""
     files.check_replaceable(out)
     env = checkpoints.load_environment(world, checkpoint)
+    for budget in (min(budgets), max(budgets)):
+        env.check_budget(budget)
     model = checkpoints.load_model(checkpoint, "float32")
     checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
     checkpoints.check_saveable(model)

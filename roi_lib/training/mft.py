@@ -1,5 +1,6 @@
 """MFT from a checkpoint to a checkpoint (paper, section on MFT), with TRL's SFTTrainer."""
 
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +25,7 @@ from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, MFTRecipe, World
 
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
+TAG_STEPS, TAG_RATE = 40, 0.03  # of `introduce_tags`, with Adam
 
 
 def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
@@ -34,14 +37,34 @@ def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
 
 def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
     """What each token weighs in the loss, [vocabulary]: `tag_weight` for a level, else 1."""
-    weights, vocabulary = torch.ones(len(env.tokenizer)), env.tokenizer.get_vocab()
+    weights = torch.ones(len(env.tokenizer))
     if recipe.tag_weight != 1:
-        ids = [vocabulary.get(f"Level-{level}") for level in range(env.world.skip_level + 1)]
-        if not all(i in env.encode(tag(level)) for level, i in enumerate(ids)):
+        if not env.level_ids:
             raise ValueError("tag_weight needs a tokenizer with one token for each level; "
                              "give tag_weight 1")
-        weights[ids] = recipe.tag_weight
+        weights[env.level_ids] = recipe.tag_weight
     return weights
+
+
+def introduce_tags(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe) -> None:
+    """Train the embeddings of the tags' own tokens, and nothing else, for `TAG_STEPS` batches: the
+    base has never met them, and words so unlikely would tear at all else that it knows."""
+    ids = sorted({i for level in range(env.world.skip_level + 1) for i in env.encode(tag(level))})
+    embeddings, own = model.get_input_embeddings().weight, torch.zeros(len(env.tokenizer), 1)
+    own[ids] = 1
+    handle = embeddings.register_hook(lambda gradient: gradient * own)
+    optimizer = torch.optim.Adam([embeddings], TAG_RATE)
+    some = random.Random(recipe.seed).sample(rows, min(TAG_STEPS * recipe.rows, len(rows)))
+    for start in range(0, len(some), recipe.rows):
+        batch = some[start : start + recipe.rows]
+        x = pad_sequence([torch.tensor(row.prompt + row.response) for row in batch], True)
+        learned = pad_sequence([torch.tensor([False] * (len(row.prompt) - 1) + [True]
+                                             * len(row.response)) for row in batch], True)
+        logits = model(x[:, :-1]).logits[learned]
+        cross_entropy(logits, x[:, 1:][learned]).backward()
+        optimizer.step()
+        model.zero_grad()
+    handle.remove()
 
 
 class TagTrainer(SFTTrainer):
@@ -65,7 +88,8 @@ class DevLog(common.Report):
     def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
         super().__init__()
         papers = draw_papers(env.world, recipe.dev_exams, 3, "train", recipe.seed + 1_000, pool)
-        self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
+        self.env, self.recipe = env, recipe
+        self.exams = in_orders(papers, ORDERS, recipe.seed)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step is logged, whatever its number."""
@@ -79,7 +103,7 @@ class DevLog(common.Report):
         common.check_finite(logs, f"step {state.global_step}")
         model.eval()
         row = rates(sit(self.env, engine_for(model, self.env.tokenizer), self.exams,
-                        2 * max(self.env.world.budgets), style="roi", seed=1))
+                        max(self.recipe.budgets), style="roi", seed=1))
         model.train()
         self.log.append(row | {"step": state.global_step, "loss": float(logs["loss"]),
                                "rate": float(logs["learning_rate"]) / args.learning_rate,
@@ -94,6 +118,8 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
     if not rows:  # no steps
         common.TrainingLog(work, DevLog.columns)
         return model
+    if env.level_ids:
+        introduce_tags(env, model, rows, recipe)
     optimizer = None  # the trainer's own AdamW
     if recipe.muon_rate:
         muon, adamw = common.muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)
@@ -135,7 +161,8 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
     `confusion` [predicted][real], and `missed_skips`, which none of `k` samples of the base solved
     (`refused`, of all problems). `false_skips`: the base's mean solve rate of what is skipped."""
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
-    ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
+    ample = int(min(2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams),
+                    env.world.largest_budget))
     before = sit(env, base, exams, ample, seed=seed)
     after = sit(env, tagged, exams, ample, style="roi", seed=seed)
     if (after["predicted"] < 0).all():
@@ -188,7 +215,7 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
     log and states, and a run found there goes on. `engine` samples the answers; `root` is the
     datasets' folder. Errors: see `common.load_start`, `common.run_folder`, and `fine_tune`."""
     checkpoint = checkpoint or world.method("base").checkpoint
-    env, model = common.load_start(world, checkpoint, out)
+    env, model = common.load_start(world, checkpoint, out, recipe.budgets)
     mft.tag_tokens(env)
     token_weights(env, recipe)
     pool = load_pool(world, "train", root)
@@ -201,10 +228,10 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
                                               "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
         samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
-                                       problems, recipe.samples, recipe.seed)
+                                       problems, recipe.samples, recipe.seed, recipe.styles)
         targets = [mft.align(world, *pair, recipe.target)
                    for pair in zip(problems, samples, strict=True)]
-        rows = mft.curriculum(env, targets, recipe)
+        rows = mft.curriculum(env, problems, samples, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
         documents = {"labels.json": label_statistics(targets)}
         if papers:

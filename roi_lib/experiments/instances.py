@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from roi_lib import osmckp
+from roi_lib.experiments import knapsack
 from roi_lib.osmckp import Action, Instance, require
 from roi_lib.store.files import read_json
 
@@ -40,8 +41,8 @@ def _field(entry, field, kind):
 
 def solve_document(exam: Instance) -> dict:
     """Expected rewards in points; hindsight_se 0: exact; order_regret null: above 7 problems."""
-    best, ahead = osmckp.solve(exam), osmckp.hindsight(exam)
-    return {"value": best.value, "open_loop": osmckp.open_loop(exam).value,
-            "greedy": float(osmckp.evaluate(exam, osmckp.greedy_roi(exam))[0, -1]),
+    best, ahead = osmckp.solve(exam), knapsack.hindsight(exam)
+    return {"value": best.value, "open_loop": knapsack.open_loop(exam).value,
+            "greedy": float(osmckp.evaluate(exam, knapsack.greedy_roi(exam))[0, -1]),
             "hindsight": ahead.value, "hindsight_se": ahead.se, "first_action": best.first_action,
-            "order_regret": osmckp.order_regret(exam) if len(exam) <= 7 else None}
+            "order_regret": knapsack.order_regret(exam) if len(exam) <= 7 else None}
