@@ -17,6 +17,7 @@ from roi_lib.exams import draw_papers
 from roi_lib.experiments import instances
 from roi_lib.problems import SPLITS
 from roi_lib.store import files, papers, sources
+from roi_lib.store.deadline import TimeUp, set_deadline
 from roi_lib.training.recipes import PretrainRecipe
 from roi_lib.worlds import ORDERS, World, check_choice, get_world
 
@@ -51,6 +52,7 @@ class Run:
     workers: int | None = None  # processes; as many as pay
     log: Path | None = None  # folder of run logs; a run found there goes on
     progress: bool = True  # progress bars on standard error
+    minutes: float | None = None  # stop cleanly after so many; the same command goes on
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,13 @@ class ExamRun(Run):
     out: Path | None = None  # CSV file for the records
     save: Path | None = None  # folder for records and rollouts, small enough to keep
     plot: Path | None = None  # PNG: earned and lost; without bounds, where the tokens went
+
+
+def begin(args) -> None:
+    """Let the minutes of a run or a stage count."""
+    if args.minutes and isinstance(args, Run) and not args.log:
+        raise ValueError("--minutes needs --log: what it holds is not done again")
+    set_deadline(args.minutes)
 
 
 def check_writable(**options: Path | None) -> None:
@@ -120,6 +129,7 @@ def exam(args: Omit[ExamRun]) -> None:
 
     Example: python -m roi_lib exam --methods base,mft,rarl,best_rule,optimal"""
     from roi_lib.experiments import methods, table
+    begin(args)
     check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
     for order in args.orders:
         check_choice("order", order, ORDERS)
@@ -175,6 +185,7 @@ def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
 
     Example: python -m roi_lib sweep problems --methods base,mft,rarl --out problems.csv"""
     from roi_lib.experiments import methods, sweeps
+    begin(args)
     check_writable(out=out)
     world = get_world(args.world)
     table = sweeps.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
@@ -231,6 +242,7 @@ class Stage:
     data: Path | None = None  # local folder with the paper world's datasets
     work: Path | None = None  # log and states, runs/STAGE; a run found there goes on
     out: Path | None = None  # the checkpoint; data/WORLD-STAGE
+    minutes: float | None = None  # stop cleanly after so many; the same command goes on
 
     def folders(self, stage: str) -> tuple[Path, Path]:
         """Where the checkpoint goes, and where the run lives."""
@@ -251,6 +263,7 @@ def pretrain(recipe: Omit[PretrainRecipe], stage: Omit[Stage]) -> None:
 
     Example: python -m roi_lib train pretrain --steps 400 --work runs/short --out runs/base"""
     from roi_lib.training.pretrain import pretrain
+    begin(stage)
     pretrain(get_world(stage.world), *stage.folders("base"), recipe)
 
 
@@ -259,6 +272,7 @@ def mft(recipe: Omit[worlds.MFTRecipe], stage: Omit[Stage]) -> None:
 
     Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out"""
     from roi_lib.training.mft import train_mft
+    begin(stage)
     train_mft(get_world(stage.world), *stage.folders("mft"), recipe, stage.model, stage.engine,
               stage.data)
 
@@ -268,6 +282,7 @@ def rarl(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage]) -> None:
 
     Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out"""
     from roi_lib.training.rarl import train_rarl
+    begin(stage)
     train_rarl(get_world(stage.world), *stage.folders("rarl"), recipe, stage.model, stage.papers,
                stage.engine, stage.vllm_url, stage.data)
 
@@ -324,6 +339,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except TimeUp:
+        print("time is up; the same command goes on from here", file=sys.stderr)
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h: what follows in a script must not run yet
     except KeyboardInterrupt:
         print("interrupted; what is in a --log or --work folder is not done again", file=sys.stderr)
         sys.exit(130)

@@ -210,8 +210,6 @@ POCKET = World(
         "direct": _BUDGET + "Solve in order.\n{problems}",
         "brief": _BUDGET + "Answer in brief, in order.\n{problems}",
         "at_once": _BUDGET + "Answer at once, in order.\n{problems}",
-        "rated": _BUDGET + "Rate each, then solve in order.\n{problems}",
-        "rated_brief": _BUDGET + "Rate each, then answer in brief, in order.\n{problems}",
         "plan_and_solve": _BUDGET + "Plan first, then solve in order.\n{problems}",
         "least_to_most": _BUDGET + "Rate first, then solve in order or skip.\n{problems}",
         "roi": _BUDGET + "Predict each level, then solve in order or skip.\n{problems}",
@@ -222,10 +220,10 @@ POCKET = World(
     table_dtype="float32",
     methods=standard_methods("pocket-base", "pocket-mft", "pocket-rarl"),
     mft=MFTRecipe(
-        problems=1_200, styles=("direct", "brief"), samples=4, target="any",
+        problems=1_200, styles=("direct", "brief", "at_once"), samples=4, target="any",
         exams=14_000, combinations=30, budgets=TRAINED,
         sizes=((2, 2), (3, 8), (4, 2), (5, 2)), mix=(1.0, 1.0, 1.0), rows=32,
-        rows_at_once=8, learning_rate=2e-3, muon_rate=0.004, tag_weight=3.0, max_length=1_024,
+        rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.01, tag_weight=10.0, max_length=1_024,
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(

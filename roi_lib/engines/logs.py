@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
+from roi_lib.store.deadline import check_time
 
 ENOUGH = 8  # requests: if the first so many all fail, others will
 BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
@@ -136,6 +137,7 @@ class LoggedEngine(Engine):
                 initial=len(requests) - len(missing), **BAR) as bar:
             for j, rollouts in self.engine.stream([requests[i] for i in missing], temperature):
                 self.log.append(keys[missing[j]], rollouts)
+                check_time()
                 bar.update()
                 if j < ENOUGH and rollouts[0].failed:  # as only a server's do
                     failed.add(j)

@@ -22,6 +22,7 @@ from roi_lib.problems import Problem
 from roi_lib.rational import SAMPLES, Outcomes, bounds, check_samples, sample_outcomes
 from roi_lib.sitting import COLUMNS, sit, tabulate
 from roi_lib.store.checkpoints import load_environment, locate
+from roi_lib.store.deadline import minutes_left, set_deadline
 from roi_lib.store.files import CheckpointError
 from roi_lib.worlds import ORDERS, RULES, SKIP_ANSWER, Method, World
 
@@ -160,8 +161,8 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
         return replace(Results.join([work(comparison, *rest) for work, *rest in jobs]),
                        policies=policies)
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
-                                 (max(1, (os.cpu_count() or 1) // workers),)) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (
+                max(1, (os.cpu_count() or 1) // workers), minutes_left())) as pool:
             running = {i: pool.submit(jobs[i][0], comparison, *jobs[i][1:])
                        for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][2]))}
             wait(running.values(), return_when=FIRST_EXCEPTION)
@@ -171,6 +172,12 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
     except BrokenExecutor as error:
         raise ChildProcessError("a worker process was ended from outside, perhaps for lack of "
                                 "memory; try --workers 1") from error
+
+
+def start_worker(threads: int, minutes: float | None) -> None:
+    """Set up one of several processes."""
+    torch.set_num_threads(threads)
+    set_deadline(minutes)
 
 
 def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -> int:

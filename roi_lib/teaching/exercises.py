@@ -12,7 +12,6 @@ import numpy as np
 
 from roi_lib import osmckp
 from roi_lib.experiments import knapsack
-from roi_lib.mft import Sample, align
 from roi_lib.worlds import ORDERS, POCKET
 
 EXERCISES = {}
@@ -198,6 +197,8 @@ def _(rng, number):
 @cases("04.1", 1, 120, "samples {0} and edges {1}: the shortest *right* one counts, an edge "
        "belongs to the level below it, and no use means Level-3")
 def _(rng, number):
+    from roi_lib.mft import Sample, align
+
     edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
     samples = [(int(cost), bool(rng.random() < 0.5))
                for cost in rng.choice([*range(5, 75), *edges], rng.integers(1, 7))]
@@ -214,13 +215,11 @@ def _(rng, number):
     return (nats.tolist(), kinds, weight), (weights * nats).sum() / (weights > 0).sum()
 
 
-@cases("04.3", 3, 60, "samples {0}, a skip of {1} and a budget of {2}: try every combination")
+@cases("04.3", 3, 32, "a solve rate of {0} and {1} samples: all of them must fail")
 def _(rng, number):
-    costs, right = rng.integers(1, 40, (3, 3)).tolist(), (rng.random((3, 3)) < 0.7).tolist()
-    skip, budget = (int(x) for x in rng.integers((1, 20), (9, 90)))
-    samples = [[*zip(*some, strict=True)] for some in zip(costs, right, strict=True)]
-    return (samples, skip, budget), knapsack.offline_value(
-        [[skip, *some] for some in costs], [[0, *some] for some in right], budget)
+    p = float(number) if number < 2 else round(float(rng.random()), 3)
+    k = int(rng.integers(1, 17))
+    return (p, k), np.full(k, 1 - p).prod()
 
 
 @cases("04.4", 4, 50, "skipped {0}, solve rates {1}: a mean over the skipped, a share of the tried")

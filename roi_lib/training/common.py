@@ -18,6 +18,7 @@ from transformers import ProgressCallback
 
 from roi_lib.exams import Environment
 from roi_lib.store import checkpoints, files
+from roi_lib.store.deadline import check_time, time_is_up
 from roi_lib.worlds import World
 
 
@@ -90,6 +91,12 @@ class Report(ProgressCallback):
             self.training_bar = tqdm(total=state.max_steps)  # on stderr, in a notebook too
             self.log = TrainingLog(Path(args.output_dir), self.columns, state.global_step)
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Save and stop once the minutes are over (`store.deadline`)."""
+        super().on_step_end(args, state, control, **kwargs)
+        if time_is_up():
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end."""
         args.distributed_state.wait_for_everyone()  # each process has its own file there
@@ -99,7 +106,7 @@ class Report(ProgressCallback):
 
 def run_trainer(trainer):
     """Train with a trainer of transformers, on from its newest whole checkpoint; returns the model
-    in eval mode, adapters merged. `OSError`: the disk is full."""
+    in eval mode, adapters merged. `OSError`: the disk is full. `TimeUp`: see `store.deadline`."""
     state = files.newest_complete(Path(trainer.args.output_dir), "checkpoint-")
     try:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -108,6 +115,7 @@ def run_trainer(trainer):
             raise
         raise OSError(f"{trainer.args.output_dir} could not be written ({error}); make room and "
                       "run the same command: it goes on from the last checkpoint") from error
+    check_time()
     model = trainer.accelerator.unwrap_model(trainer.model)
     return (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
 

@@ -22,6 +22,7 @@ from roi_lib.problems import MAX_NUMBER, sample_problem
 from roi_lib.sitting import sit
 from roi_lib.store import files
 from roi_lib.store.checkpoints import load_training_state, save_step
+from roi_lib.store.deadline import check_time, time_is_up
 from roi_lib.store.tokenizers import build_tokenizer
 from roi_lib.training import common
 from roi_lib.training.recipes import PretrainRecipe
@@ -118,8 +119,9 @@ def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
             log.append({"step": done, "loss": sum(losses) / len(losses),
                         "rate": rate(done, recipe)})
             losses.clear()
-        if done % recipe.save_every == 0 or done == recipe.steps:
+        if done % recipe.save_every == 0 or done == recipe.steps or time_is_up():
             save_step(work, model, optimizers, progress)
+            check_time()
     return progress
 
 

@@ -19,6 +19,7 @@ from roi_lib.generation import TorchEngine
 from roi_lib.rarl import STYLE, completion_logprobs, exam_rewards, pad_right, train_step
 from roi_lib.sitting import points, responses, sit
 from roi_lib.store import checkpoints
+from roi_lib.store.deadline import check_time, time_is_up
 from roi_lib.store.files import newest_complete
 from roi_lib.store.sources import load_pool
 from roi_lib.training import common
@@ -111,10 +112,11 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
             log.append({"step": done, **describe(table, recipe.budgets), **learned,
                         "logprob_gap": gap})
             bar.set_postfix({name: log.rows[-1][name] for name in SHOWN})
-            if done % recipe.save_every == 0 or done == recipe.steps:
+            if done % recipe.save_every == 0 or done == recipe.steps or time_is_up():
                 checkpoints.save_step(work, model, [optimizer], {"step": done})
             if on_step:
                 on_step(log.rows[-1])
+            check_time()
     return model
 
 

@@ -20,8 +20,8 @@ class PretrainRecipe:
     hold: float = 0.4  # share of the steps before linear decay sets in
     alone: float = 0.5  # share of rows with a single problem
     styles: tuple[tuple[str, float], ...] = (  # (prompting style, share of rows)
-        ("direct", 0.42), ("rated", 0.16), ("brief", 0.12), ("rated_brief", 0.08),
-        ("at_once", 0.05), ("plan_and_solve", 0.06), ("least_to_most", 0.11))
+        ("direct", 0.42), ("brief", 0.36), ("at_once", 0.06), ("plan_and_solve", 0.05),
+        ("least_to_most", 0.11))
     longest_row: int = 512  # in tokens; longer ones are drawn again
     rows_at_once: int = 2_048  # rows sorted by length at a time
     log_every: int = 25  # steps between rows of the log
