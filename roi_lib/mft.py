@@ -13,14 +13,16 @@ Stage one of the method (paper, section on MFT), step by step:
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from roi_lib.exams import SKIP_WORDS, Environment, Exam, tag
 from roi_lib.generation import Engine
 from roi_lib.problems import Problem, problem_stream
+from roi_lib.rational import statement_of
 from roi_lib.sitting import sit
 from roi_lib.worlds import TAG_OPEN, TIERS, MFTRecipe, World
 
@@ -68,9 +70,9 @@ def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Proble
                      seed: int = 0, styles: Sequence[str] = ("direct",)) -> list[list[Sample]]:
     """`k` graded answers to every problem and prompting style, alone, at temperature 1.
 
-    The budget is the top level's edge: an answer that needs more would be skipped anyway. At each
-    level the samples of one style are kept, the cheapest, so that a tag says how a problem is
-    worked. An `engines.logs.LoggedEngine` keeps all. `ValueError`: not one of them is right."""
+    The budget is the top level's edge: an answer that needs more would be skipped anyway. Of
+    several styles, one stands for each level. An `engines.logs.LoggedEngine` keeps all.
+    `ValueError`: not one of them is right."""
     extra = tag_tokens(env)
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
     table = pd.concat([sit(env, engine, exams, env.world.level_edges[-1], seed=seed, style=style
@@ -85,17 +87,22 @@ def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Proble
         fits = row.cost + extra <= env.world.level_edges[-1]
         good = row.correct and row.finished and fits and TAG_OPEN not in words
         samples[row.exam // k].append(Sample(words, row.cost + extra, bool(good), row.style))
-    return [one_style_a_level(env.world, some) for some in samples]
+    return one_style_a_level(env.world, problems, samples)
 
 
-def one_style_a_level(world: World, samples: Sequence[Sample]) -> list[Sample]:
-    """One problem's samples without those whose level another style reaches at less cost."""
-    costs: dict[tuple[int, str], list[int]] = {}
-    for s in samples:
-        costs.setdefault((world.level_of(s.cost), s.style), []).append(s.cost)
-    cheapest = {level: style for (level, style), _ in sorted(
-        costs.items(), key=lambda item: -sum(item[1]) / len(item[1]))}  # the last one stays
-    return [s for s in samples if cheapest[world.level_of(s.cost)] == s.style]
+def one_style_a_level(world: World, problems: Sequence[Problem],
+                      samples: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+    """The samples without those whose level another style reaches with more right answers to
+    problems that are alike in words: else a tag would not say how a problem is worked. Where none
+    is left, they stay, and are no good."""
+    right: Counter = Counter()
+    for problem, some in zip(problems, samples, strict=True):
+        for s in some:
+            right[statement_of(problem), world.level_of(s.cost), s.style] += s.correct
+    best = {key[:2]: key[2] for key, _ in sorted(right.items(), key=lambda item: item[1])}
+    return [[s for s in some if best[statement_of(problem), world.level_of(s.cost)] == s.style]
+            or [replace(s, correct=False) for s in some]
+            for problem, some in zip(problems, samples, strict=True)]
 
 
 @dataclass(frozen=True)

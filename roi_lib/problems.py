@@ -49,7 +49,7 @@ def closing_brace(text: str, opening: int) -> int | None:
 NAMES = ("Ana Ben Cal Dan Eva Fay Gus Hal Ida Jim Kim Leo Mia Ned Ola Pam Ray Sue Tom Una "
          "Val Wes Zoe Amy").split()
 THINGS = "apples books cards coins cups eggs hats keys nuts pens pins stamps".split()
-MAX_NUMBER = 320  # every number up to here is one token, budgets too
+MAX_NUMBER = 320  # every number up to here is one token
 OPERATIONS = {"+": "add", "-": "subtract", "*": "multiply"}
 
 

@@ -5,7 +5,7 @@ recipes of training. Functions take what they need from it; none asks which one 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TIERS = ("easy", "medium", "hard")
 ORDERS = ("easy", "medium", "hard")
@@ -160,6 +160,8 @@ class World:
     methods: Mapping[str, Method]  # what the evaluation compares
     mft: MFTRecipe
     rarl: RARLRecipe
+    #: Token of a tag -> word of the base that its embedding starts from; {}: the base knows both.
+    tag_words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def skip_level(self) -> int:
@@ -193,7 +195,9 @@ def standard_methods(base: str, mft: str, rarl: str) -> dict[str, Method]:
     }
 
 
-_BUDGET = "Budget: {budget} tokens. "
+#: Four digits, and each is a token, as for Qwen2.5: what the first ones mean, few examples teach. A
+#: token of its own for every budget would have to be learned budget by budget.
+_BUDGET = "Budget: {budget:04} tokens. "
 #: Budgets of training. Some in between are left out: what is done under them was never learned.
 TRAINED = tuple(b for b in range(40, 257) if b not in (72, 144, 208))
 POCKET = World(
@@ -212,11 +216,13 @@ POCKET = World(
         "at_once": _BUDGET + "Answer at once, in order.\n{problems}",
         "rated": _BUDGET + "Rate each, then solve in order.\n{problems}",
         "rated_brief": _BUDGET + "Rate each, then answer in brief, in order.\n{problems}",
+        "counted": _BUDGET + "Count down, then solve in order.\n{problems}",
+        "counted_brief": _BUDGET + "Count down, then answer in brief, in order.\n{problems}",
         "plan_and_solve": _BUDGET + "Plan first, then solve in order.\n{problems}",
         "least_to_most": _BUDGET + "Rate first, then solve in order or skip.\n{problems}",
         "roi": _BUDGET + "Predict each level, then solve in order or skip.\n{problems}",
     },
-    largest_budget=320,  # the largest number of one token
+    largest_budget=320,  # that the base was trained under
     tokenizer="pocket-tokenizer",
     dtype="float64",
     table_dtype="float32",
@@ -225,13 +231,15 @@ POCKET = World(
         problems=1_200, styles=("direct", "brief"), samples=4, target="any",
         exams=14_000, combinations=30, budgets=TRAINED,
         sizes=((2, 2), (3, 8), (4, 2), (5, 2)), mix=(1.0, 1.0, 1.0), rows=32,
-        rows_at_once=8, learning_rate=2e-3, muon_rate=0.004, tag_weight=3.0, max_length=1_024,
+        rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.006, tag_weight=5.0, max_length=1_024,
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
-        steps=300, exams=20, rollouts=12, budgets=TRAINED, budget_for="exam", learning_rate=1e-4,
+        steps=150, exams=20, rollouts=12, budgets=TRAINED, budget_for="exam", learning_rate=2e-4,
         orders=(("hard", 0.4), ("medium", 0.4), ("easy", 0.2)),
         sizes=((2, 1.0), (3, 4.0), (4, 1.0), (5, 1.0))),
+    tag_words={TAG_OPEN: "(", TAG_CLOSE: ")", "Level-0": "easy", "Level-1": "medium",
+               "Level-2": "hard", "Level-3": "skip"},
 )
 
 _EXAM_RULES = """\

@@ -103,7 +103,11 @@ def test_effort_is_what_a_style_asks_for_and_tokens_buy(env):
     for style, answers in (("rated", [p.solution for p in PAPERS[0]]),
                            ("rated_brief", [p.brief for p in PAPERS[0]])):
         assert reference_response(POCKET, PAPERS[0], style) == "\n".join(
-            f"Q{i}.\n({p.tier}) {words}" for i, (p, words) in enumerate(zip(PAPERS[0], answers), 1))
+            f"Q{i}.\n({p.tier}) {words}" for i, (p, words) in enumerate(
+                zip(PAPERS[0], answers, strict=True), 1))
+    counted = reference_response(POCKET, PAPERS[0], "counted_brief", left=lambda text: len(text))
+    first, rest = counted.split("\nQ2.\n")
+    assert first == f"Q1.\n(0000) {PAPERS[0][0].brief}" and rest.startswith(f"({len(first):04}) ")
     real = Problem("a", "1 + 1?", "2", "1 + 1 = 2. \\boxed{2}", "easy", "own")
     assert reference_response(PAPER, [real], "brief").endswith(real.solution), "it has no other"
 

@@ -47,7 +47,7 @@ def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, hard,
     comparison, method = Comparison(POCKET, PAPERS), Method("none", "roi", charged=charged)
     honest, untagged = Honest(env, levels), Honest(env, {})
     table, facts = methods.run_knapsack(comparison, method, env, honest, budget)
-    assert all(f"Budget: {budget} tokens" in r.message for r in honest.asked[:12])
+    assert all(f"Budget: {budget:04} tokens" in r.message for r in honest.asked[:12])
     assert facts == {"prediction_tokens": 15, "prediction_charged": charged, "unread_levels": 0}
     assert [r.budget for r in honest.asked] == [5] * 12 + [left] * (12 if sat else 0)
     for order in ORDERS:

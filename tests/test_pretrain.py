@@ -49,7 +49,7 @@ def test_rows_answer_with_the_effort_asked_for_and_give_up_by_rule(env, style):
         ids, labels = module.sample_row(env, recipe, rng)
         start = labels.count(-100)
         user, words = (env.tokenizer.decode(part) for part in (ids[:start], ids[start:-1]))
-        budget = int(re.search(r"Budget: (\d+) tokens", user)[1])
+        budget = int(re.search(r"Budget: ([\d ]+) tokens", user)[1].replace(" ", ""))
         n = len(re.findall(r"Q\d+\.", user))
         answers = [s.answer for s in env.parse(ids[start:], n).segments]
         assert 32 <= budget <= 320 and None not in answers and "Level" not in words
@@ -64,8 +64,12 @@ def test_rows_answer_with_the_effort_asked_for_and_give_up_by_rule(env, style):
                                      for w in (f"Q{i}.", f"\\boxed{{{a}}}")]
         assert len(re.findall(r"Q\d+\. \((easy|medium|hard)\) ", words)) == n * style.startswith(
             "rated")
+        counts = [int(c.replace(" ", "")) for c in re.findall(r"Q\d+\. \(([\d ]+)\) ", words)]
+        costs = [segment.cost for segment in env.parse(ids[start:], n).segments]
+        before = [sum(costs[:i]) for i in range(n)] if style.startswith("counted") else []
+        assert counts == [max(budget - spent, 0) for spent in before], "what is left of the budget"
         in_full = re.search(r"\d = \d", words) is not None
-        assert in_full == (style not in ("brief", "rated_brief", "at_once")) or all(skips)
+        assert in_full == (style != "at_once" and not style.endswith("brief")) or all(skips)
     assert {*skipped} == ({True, False} if style == "least_to_most" else set())
 
 
@@ -127,6 +131,9 @@ def test_the_card_of_a_faultless_writer(env, model, monkeypatch):
             words = reference_response(POCKET, exam.problems, "least_to_most", [
                 p.tier == "hard" and budget < 160 for p in exam.problems])
             engine.responses[env.prompt(exam, budget, "least_to_most")] = env.encode(words)
+            words = reference_response(POCKET, exam.problems, "counted", (), lambda text, b=budget:
+                                       b - len(env.encode(text)) + 3)  # not faultless
+            engine.responses[env.prompt(exam, budget, "counted")] = env.encode(words)
     monkeypatch.setattr(module, "engine_for", lambda *_: engine)
     words = module.measure(env, model)
     for family in ("marbles", "tram", "rounds"):
@@ -134,4 +141,5 @@ def test_the_card_of_a_faultless_writer(env, model, monkeypatch):
         right, tokens = row.split()[::2], [float(number) for number in row.split()[1::2]]
         assert right == ["1.0"] * 6 and tokens[-2] == 6 and 5 <= tokens[-1] <= 6
         assert tokens[0] > tokens[2] > tokens[4] and tokens[1] > tokens[3] > tokens[5]
+    assert len(re.findall(r"\n[123] +3\.0 +3\.0", words)) == 3
     assert re.findall(r"\n +144 +164\nskipped +1.0 +0.0\n", words)

@@ -30,8 +30,8 @@ STATED = {  # what the words say of the length, by other means than the family's
 IN_FULL = {"marbles": lambda n: 6 * n + 3, "shelves": lambda n: 6 * n + 3,
            "tram": lambda n: 6 * n + 3, "market": lambda n: 6 * (2 * n - 1) + 3,
            "rounds": lambda n: 10 * n + 3}
-#: In brief, by the number of running values; of the other families 2 n + 1.
-IN_BRIEF = {"residues": lambda n: 4 * n + 3, "rounds": lambda n: 4 * n - 1}
+#: In brief, by the number of running values; of the other families 2 n + 2.
+IN_BRIEF = {"residues": lambda n: 4 * n + 4, "rounds": lambda n: 4 * n}
 
 
 def draws(family, tier, split="train", n=400, seed=0):
@@ -72,7 +72,7 @@ def test_answers_running_values_and_lengths_follow_from_the_statement(family, ti
             notes = [f"{p.length - i}: {note}" for i, note in enumerate(notes)]
         if family == "residues":  # each candidate with its remainder, the last one's is 0
             notes = [f"{x}: {x % p.length}," for x in (*before, answer)]
-        assert p.brief == " ".join([*notes, f"\\boxed{{{answer}}}"])
+        assert p.brief == " ".join(["=", *notes, f"\\boxed{{{answer}}}"])
         assert p.length == STATED[family](p.text, [int(x) for x in re.findall(r"\d+", p.text)])
         for words in (p.text, p.solution, p.brief, p.plan):
             assert all(int(x) <= MAX_NUMBER for x in re.findall(r"\d+", words))
@@ -132,7 +132,7 @@ def test_the_statement_gives_away_what_it_costs_but_for_residues(tokenizer):
         problems, spread = draws(family, tier), {}
         for p in problems:
             spread.setdefault(p.length, set()).add(cost(p.solution))
-            assert cost(p.brief) == IN_BRIEF.get(family, lambda n: 2 * n + 1)(
+            assert cost(p.brief) == IN_BRIEF.get(family, lambda n: 2 * n + 2)(
                 len(solve(family, p.text)))
             assert cost(f"\\boxed{{{p.answer}}}") == 3
         if family == "residues":

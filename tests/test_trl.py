@@ -159,7 +159,7 @@ def test_prompts_are_those_of_our_own_trainer_and_failed_rollouts_go_unscored(
     steps = [rarl.training_exams(POCKET, SMALL_TRL, step) for step in range(4)]
     assert prompts[:] == [env.message(exam, budget, "roi") for step in steps
                           for exam, budget in zip(*step, strict=True)]
-    assert len({"Budget: 16" in prompt for prompt in prompts}) == 2
+    assert len({"Budget: 0016" in prompt for prompt in prompts}) == 2
     monkeypatch.setattr(rarl, "problem_rewards", lambda table, *_: (table["rollout"] / 3).where(
         table["rollout"] > 0))
     out = trainer.rollout_func([m for m in prompts[:2] for _ in range(4)], trainer)

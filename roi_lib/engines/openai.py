@@ -127,7 +127,6 @@ class OpenAIEngine(Engine):
                     job = asked.pop(event, None)
                     if trouble := event.exception() if job else event:
                         error = error or trouble
-                        portal.call(self._halt.set)
                         if isinstance(trouble, KeyboardInterrupt):
                             print(f"waiting {self.timeout:g} s at most for what is under way; "
                                   "Ctrl-C again gives it up", file=sys.stderr)
@@ -161,7 +160,7 @@ class OpenAIEngine(Engine):
                     return await self._try(request, body)
                 except FailedTry as failure:
                     reason, again, seconds = failure.args
-                except ValueError:
+                except Exception:  # at once: no other request may begin a try
                     self._halt.set()
                     raise
                 if attempt == self.retries or not again:

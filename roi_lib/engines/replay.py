@@ -1,7 +1,7 @@
 """Replays of responses that exist already, under the same hard budget. Of the reference solutions:
 their Score is what the budget alone costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 
 from roi_lib.exams import SKIP_WORDS, Environment, Exam
@@ -11,11 +11,13 @@ from roi_lib.worlds import World
 
 
 def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
-                       skip: Sequence[bool] = ()) -> str:
+                       skip: Sequence[bool] = (),
+                       left: Callable[[str], int] = lambda text: 0) -> str:
     """The solutions in order, under their headers, as a faultless writer would write them: in full,
-    or with a style `brief` or `at_once` with less effort, behind a rating of the problem where the
-    style is a rated one; where a problem's flag in `skip` is set, a skip instead. Plan-and-Solve
-    opens with a plan of all problems, Least-to-Most with a rating of each. All of it costs tokens."""
+    or with a style `brief` or `at_once` with less effort; where a problem's flag in `skip` is set,
+    a skip instead. A rated style has a rating before each answer, a counted one the tokens that are
+    `left` behind the text so far; Plan-and-Solve opens with a plan of all problems, Least-to-Most
+    with a rating of each. Every token counts."""
     headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
     opening = {"plan_and_solve": ("Plan", [p.plan or "solve" for p in problems]),
                "least_to_most": ("Rating", [p.tier for p in problems])}
@@ -26,8 +28,12 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         parts.append(f"{title}: {'; '.join(notes)}.")
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
         answer = {"brief": p.brief or p.solution, "at_once": f"\\boxed{{{p.answer}}}"}
-        words = SKIP_WORDS if skipped else answer.get(style.removeprefix("rated_"), p.solution)
-        words = f"({p.tier}) {words}" if style.startswith("rated") else words
+        effort = style.removeprefix("rated").removeprefix("counted").lstrip("_")
+        words = SKIP_WORDS if skipped else answer.get(effort, p.solution)
+        if style.startswith("rated"):
+            words = f"({p.tier}) {words}"
+        elif style.startswith("counted"):
+            words = "({:04}) {}".format(left("\n".join(parts)), words)
         parts.append(f"{header}\n{words}")
     return "\n".join(parts)
 

@@ -49,7 +49,7 @@ def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Find
         (last.skip_small - last.skip_large < 0.1, "budgets not told apart",
          f"skip_small {last.skip_small:.2f}, skip_large {last.skip_large:.2f}: one rule for all",
          "draw a budget for each exam (budget_for exam), and start from an MFT whose rows were "
-         "chosen under their budgets (combinations); check that a budget is one token"),
+         "chosen under their budgets (combinations); write the budget in digits"),
         (last.level_entropy < 0.01, "no choice left",
          f"level_entropy {last.level_entropy:.3f} nats", "an earlier checkpoint, a lower rate"),
         (last.no_spread > 0.9, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",

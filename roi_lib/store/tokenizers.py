@@ -21,18 +21,18 @@ TOKEN = (r"</?predicted_level>|Level-\d|\\boxed\{|Q\d+"
          r"|[A-Za-z]+|[^\sA-Za-z\d]")
 CONTROL = ("<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>")
 #: Words of statements, plans and prompts, besides names and things.
-WORDS = """A a add and Answer are assistant at bought brief Budget buys by coins does each fewer
-Find first for get has have How how in is last level makes many mod modulo more multiple Multiply
-multiply now number numbers of off on once or order pay Plan Predict Rate Rating remainder riders
-rounds row shelves skip smallest sold Solve solve Start starts stops subtract system than that The
-the Then then There there times tokens tram try user What with""".split()
+WORDS = """A a add and Answer answer are assistant at bought brief Budget buys by coins Count does
+down each fewer Find first for get has have How how in is last level makes many mod modulo more
+multiple Multiply multiply now number numbers of off on once or order pay Plan Predict Rate Rating
+remainder riders rounds row shelves skip smallest sold Solve solve Start starts stops subtract
+system than that The the Then then There there times tokens tram try user What with""".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world of generated problems, up to 8 an exam; 482 tokens for `POCKET`."""
+    """The tokenizer of a world of generated problems, up to 8 an exam; 485 tokens for `POCKET`."""
     words = [*CONTROL, TAG_OPEN, TAG_CLOSE, *(f"Level-{k}" for k in range(world.skip_level + 1)),
              "\\boxed{", SKIP_ANSWER, *(f"Q{i}" for i in range(1, 9)),
              *map(str, range(MAX_NUMBER + 1)), *".,:;?!+-*=≡{}()<>|/%'\"",

@@ -9,10 +9,13 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
+import torch
 
 from roi_lib import osmckp
 from roi_lib.experiments import knapsack
+from roi_lib.generation import within_budget
 from roi_lib.mft import Sample, align
+from roi_lib.rarl import advantages, policy_loss
 from roi_lib.worlds import ORDERS, POCKET
 
 EXERCISES = {}
@@ -167,8 +170,6 @@ def _(rng, number):
 @cases("03.1", 1, 80, "tokens {0}, budget {1}, end {2}: which comes first, the end or the budget?",
        lambda got, truth: ([*got[0]], bool(got[1])) == truth)
 def _(rng, number):
-    from roi_lib.generation import within_budget  # here, so that notebook 01 goes without torch
-
     ids, budget, eos = rng.integers(0, 5, rng.integers(1, 9)).tolist(), int(rng.integers(1, 9)), 4
     truth = within_budget(ids, budget, [eos])
     return (ids, budget, eos), ([*truth.ids], truth.finished)
@@ -245,10 +246,6 @@ def _(rng, number):
 
 @cases("05.2", 2, 60, "rewards {0}: a failed rollout counts in no mean, and has advantage 0")
 def _(rng, number):
-    import torch
-
-    from roi_lib.rarl import advantages
-
     rewards = [None if rng.random() < 0.2 else int(x) for x in rng.integers(0, 4, 6)]
     rewards[0] = 3
     return (rewards,), advantages(torch.tensor(np.array([rewards], float)))[0]
@@ -256,10 +253,6 @@ def _(rng, number):
 
 @cases("05.3", 3, 60, "arguments {0}, {1}, {2}, {3!r}: the loss is also a mean over the rollouts")
 def _(rng, number):
-    import torch
-
-    from roi_lib.rarl import policy_loss
-
     lengths = rng.integers(1, 40, 5)
     advantage, longest = rng.integers(-4, 5, 5) / 2, int(lengths.max() + rng.integers(0, 30))
     normalizer = ("constant", "length")[number % 2]

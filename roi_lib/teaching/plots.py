@@ -28,8 +28,8 @@ METHODS = {  # label, color, line style, marker, hatch: the same in every figure
     "optimal_statement": ("optimal", "#D55E00", "-", "", ""),
     "plan_and_solve": ("Plan-and-Solve", "#CC79A7", ":", "D", "xxx"),
     "least_to_most": ("Least-to-Most", "#E69F00", "-.", "s", "///"),
-    "mft": ("MFT", "#56B4E9", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
-    "mft_greedy_knapsack": ("MFT + knapsack", "#009E73", (0, (6, 1.5)), "v", "\\\\\\"),
+    "mft": ("MFT", "#009E73", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
+    "mft_greedy_knapsack": ("MFT + knapsack", "#56B4E9", (0, (6, 1.5)), "v", "\\\\\\"),
     "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++")}
 FEW = 30  # a share or a percentile of fewer says little
 WIDTH, ABOVE = 7.5, {"loc": "outside upper left", "ncols": 4}
@@ -333,7 +333,8 @@ def training_curves(logs, columns, window=1):
     """Columns of logs, {label: DataFrame}, a panel each: means of the last `window` numbers."""
     fig = lines(*((None, {label: log.set_index("step")[name].dropna().rolling(
         window, min_periods=1).mean() for label, log in logs.items()}, "step",
-        f"{name} [nats]" if name.endswith("entropy") else name, "") for name in columns), height=2.1)
+        f"{name} [nats]" if name.endswith("entropy") else name, "") for name in columns),
+        height=2.1)
     for ax, name in zip(fig.axes, columns, strict=True):
         share = name in ("level_accuracy", "accuracy", "cut", "no_spread") or "skip_" in name
         ax.set_ylim(0, 1.03 if share else None)

@@ -2,6 +2,7 @@
 the prompt asks for."""
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -43,7 +44,8 @@ def sample_row(env: Environment, recipe: PretrainRecipe, rng: random.Random) -> 
         rated = sum(env.world.centroids[TIERS.index(tier)] for tier in tiers)
         skip = [style == "least_to_most" and t == "hard" and rated > budget for t in tiers]
         prompt = list(env.prompt(Exam(problems, "medium"), budget, style))
-        words = reference_response(env.world, problems, style, skip)
+        words = reference_response(env.world, problems, style, skip,
+                                   lambda text, b=budget: max(b - len(env.encode(text)), 0))
         response = [*env.encode(words), env.tokenizer.eos_token_id]
         if len(prompt + response) <= recipe.longest_row:
             return prompt + response, [-100] * len(prompt) + response
@@ -125,12 +127,27 @@ def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
 
 CARD_PAPERS, CARD_SEED, CARD_BUDGET = 1_000, 1, 320  # behind the numbers on the card
 READ = (96, 128, 144, 156, 164, 176, 208, 256)  # budgets around the rated costs of a paper
+COUNTED = 200  # papers a budget
 EFFORTS = ("direct", "brief", "at_once")  # styles that differ in effort
+
+
+def count_errors(env: Environment, table: pd.DataFrame) -> pd.Series:
+    """Median error in tokens of the notes of what is left, by position; of a table of counted
+    responses."""
+    errors = []
+    for _, rows in table.groupby("exam"):
+        left = rows["budget"] - (rows["cost"].cumsum() - rows["cost"])
+        segments = env.parse(rows["ids"].iloc[0], len(rows)).segments
+        for position, tokens, segment in zip(rows["position"], left, segments, strict=True):
+            if note := re.search(r"\(([\d ]+)\)", segment.text):
+                noted = int(note[1].replace(" ", ""))
+                errors.append({"position": position, "off": abs(noted - max(tokens, 0))})
+    return pd.DataFrame(errors, columns=["position", "off"]).groupby("position")["off"].median()
 
 
 def measure(env: Environment, model) -> str:
     """Share of problems solved and tokens spent, family by family and effort by effort, alone and
-    within papers, in Markdown; and how the base reads its budget under Least-to-Most."""
+    within papers, in Markdown; and how well the base reads its budget and keeps count of it."""
     papers = in_orders(draw_papers(env.world, CARD_PAPERS, seed=CARD_SEED), ["medium"], CARD_SEED)
     alone = [Exam((problem,), "medium") for exam in papers for problem in exam.problems]
     engine = engine_for(model.to(getattr(torch, env.world.dtype)), env.tokenizer)
@@ -142,6 +159,8 @@ def measure(env: Environment, model) -> str:
             columns[style, f"right {where}"] = own["correct"].mean().round(3)
             columns[style, f"tokens {where}"] = own["cost"].mean().round(1)
     table = pd.DataFrame(columns).reindex(TIERS, level="tier")
+    counts = {budget: count_errors(env, sit(env, engine, papers[:COUNTED], budget, style="counted",
+                                            seed=CARD_SEED)) for budget in READ}
     skips = {budget: rates(sit(env, engine, papers, budget, style="least_to_most", seed=CARD_SEED)
                            )["skip_hard"] for budget in READ}
     return f"""\
@@ -153,8 +172,16 @@ in brief, and at once.
 {table.to_string()}
 ```
 
-**Hard problems skipped** under the Least-to-Most prompt, by budget: its rule of thumb gives them up
-where the rated costs exceed the budget, so this is how well the base reads it.
+**Tokens left.** Where its prompt asks it to count down, it notes before each answer how many tokens
+are left: median error, by position in the paper and by budget, of {COUNTED} papers.
+
+```
+{pd.DataFrame(counts).to_string()}
+```
+
+**Hard problems skipped** under the Least-to-Most prompt, by budget. The rows that it was trained on
+give them up where the rated costs exceed the budget; a base that does not read its budget skips as
+often under a small one as under a large one.
 
 ```
 {pd.Series(skips, name="skipped").round(3).to_frame().T.to_string()}
