@@ -61,18 +61,20 @@ class Sample:
     words: str  # the answer, without its header
     cost: int  # tokens of the answer with its header and with the tag that it will get
     correct: bool  # right, and ended within the top level's edge, tag included
+    style: str = "direct"  # the prompting style that it answers
 
 
 def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Problem], k: int = 8,
                      seed: int = 0, styles: Sequence[str] = ("direct",)) -> list[list[Sample]]:
     """`k` graded answers to every problem and prompting style, alone, at temperature 1.
 
-    The budget is the top level's edge: an answer that needs more would be skipped anyway. An
-    `engines.logs.LoggedEngine` keeps the answers. `ValueError`: not one of them is right."""
+    The budget is the top level's edge: an answer that needs more would be skipped anyway. At each
+    level the samples of one style are kept, the cheapest, so that a tag says how a problem is
+    worked. An `engines.logs.LoggedEngine` keeps all. `ValueError`: not one of them is right."""
     extra = tag_tokens(env)
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
-    table = pd.concat([sit(env, engine, exams, env.world.level_edges[-1], seed=seed, style=style)
-                       for style in styles])
+    table = pd.concat([sit(env, engine, exams, env.world.level_edges[-1], seed=seed, style=style
+                           ).assign(style=style) for style in styles])
     if not table["correct"].any():
         raise ValueError(f"not one of {len(table)} sampled answers is right: there is nothing "
                          "to teach; look at some answers, and check model, prompt and grader")
@@ -82,8 +84,18 @@ def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Proble
         words = re.sub(env.world.header_pattern, "", segment.text, count=1).strip()
         fits = row.cost + extra <= env.world.level_edges[-1]
         good = row.correct and row.finished and fits and TAG_OPEN not in words
-        samples[row.exam // k].append(Sample(words, row.cost + extra, bool(good)))
-    return samples
+        samples[row.exam // k].append(Sample(words, row.cost + extra, bool(good), row.style))
+    return [one_style_a_level(env.world, some) for some in samples]
+
+
+def one_style_a_level(world: World, samples: Sequence[Sample]) -> list[Sample]:
+    """One problem's samples without those whose level another style reaches at less cost."""
+    costs: dict[tuple[int, str], list[int]] = {}
+    for s in samples:
+        costs.setdefault((world.level_of(s.cost), s.style), []).append(s.cost)
+    cheapest = {level: style for (level, style), _ in sorted(
+        costs.items(), key=lambda item: -sum(item[1]) / len(item[1]))}  # the last one stays
+    return [s for s in samples if cheapest[world.level_of(s.cost)] == s.style]
 
 
 @dataclass(frozen=True)

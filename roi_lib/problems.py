@@ -67,8 +67,9 @@ class Sketch:
 
     @property
     def brief(self) -> str:
-        """The solution in brief, in words."""
-        return " ".join([*(f"{note}," for note in self.notes), f"\\boxed{{{self.answer}}}"])
+        """The solution in brief, in words. It opens with `=`, for else a first number might begin
+        either way of working, and a small model would fall from the one into the other."""
+        return " ".join(["=", *(f"{note}," for note in self.notes), f"\\boxed{{{self.answer}}}"])
 
 
 class Ledger:

@@ -5,7 +5,7 @@ recipes of training. Functions take what they need from it; none asks which one 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TIERS = ("easy", "medium", "hard")
 ORDERS = ("easy", "medium", "hard")
@@ -210,6 +210,8 @@ POCKET = World(
         "direct": _BUDGET + "Solve in order.\n{problems}",
         "brief": _BUDGET + "Answer in brief, in order.\n{problems}",
         "at_once": _BUDGET + "Answer at once, in order.\n{problems}",
+        "rated": _BUDGET + "Rate each, then solve in order.\n{problems}",
+        "rated_brief": _BUDGET + "Rate each, then answer in brief, in order.\n{problems}",
         "plan_and_solve": _BUDGET + "Plan first, then solve in order.\n{problems}",
         "least_to_most": _BUDGET + "Rate first, then solve in order or skip.\n{problems}",
         "roi": _BUDGET + "Predict each level, then solve in order or skip.\n{problems}",
@@ -220,10 +222,10 @@ POCKET = World(
     table_dtype="float32",
     methods=standard_methods("pocket-base", "pocket-mft", "pocket-rarl"),
     mft=MFTRecipe(
-        problems=1_200, styles=("direct", "brief", "at_once"), samples=4, target="any",
+        problems=1_200, styles=("direct", "brief"), samples=4, target="any",
         exams=14_000, combinations=30, budgets=TRAINED,
         sizes=((2, 2), (3, 8), (4, 2), (5, 2)), mix=(1.0, 1.0, 1.0), rows=32,
-        rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.01, tag_weight=10.0, max_length=1_024,
+        rows_at_once=8, learning_rate=2e-3, muon_rate=0.004, tag_weight=3.0, max_length=1_024,
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
@@ -284,7 +286,18 @@ for up to 1024. If it is not worth its tokens, write \
         trl=TRLRecipe(rows_at_once=4, lora_rank=32, bf16=True, checkpointing=True)),
 )
 
-WORLDS = {world.name: world for world in (POCKET, PAPER)}
+#: The paper's world with its smallest model, in numbers that two processor cores can pay for.
+SMALL = replace(
+    PAPER, name="small", budgets=(512,),
+    methods=standard_methods("Qwen/Qwen2.5-0.5B-Instruct@7ae557604adf67be50417f59c2c2f167def9a775",
+                             "small-mft", "small-rarl"),
+    mft=replace(PAPER.mft, problems=32, samples=4, exams=160, budgets=(512,), rows=16,
+                rows_at_once=2, lora_rank=16, max_length=2_048, dev_exams=3, card_papers=6,
+                log_every=4, save_every=4),
+    rarl=replace(PAPER.rarl, steps=8, exams=4, rollouts=6, budgets=(512,), save_every=1,
+                 trl=replace(PAPER.rarl.trl, rows_at_once=2, lora_rank=16)))
+
+WORLDS = {world.name: world for world in (POCKET, PAPER, SMALL)}
 
 
 def get_world(name: str) -> World:

@@ -19,7 +19,7 @@ from roi_lib.engines.logs import LoggedEngine, RunLog
 from roi_lib.engines.openai import OpenAIEngine, Usage
 from roi_lib.engines.replay import ReplayEngine
 from roi_lib.engines.vllm import INSTALL_VLLM, VLLMEngine, vllm_installed
-from roi_lib.exams import draw_papers, in_orders
+from roi_lib.exams import Exam, draw_papers, in_orders
 from roi_lib.generation import Request, Rollout
 from roi_lib.sitting import sit, tabulate
 from roi_lib.store.checkpoints import load_environment, model_hash
@@ -141,6 +141,13 @@ def test_chat_sends_the_message_and_charges_the_worlds_tokens(server, env):
     assert path == "/v1/chat/completions" and asked["max_tokens"] == 8 and asked["top_p"] == 1
     assert asked["messages"] == [{"role": "user", "content": "solve 0"}]
     assert rollout.ids == (*env.encode("+ +"), env.tokenizer.eos_token_id)
+
+
+def test_a_chat_cannot_be_made_to_begin_with_given_words(server, env, refusal):
+    exams = [Exam(paper, "easy") for paper in draw_papers(POCKET, 2)]
+    assert "take --api completions" in refusal(
+        sit, env, client(server, env.tokenizer, api="chat"), exams, 64, opening="Q1.")
+    assert not server.seen
 
 
 def test_completions_send_ids_and_every_rollout_its_own_seed(server, tokenizer):

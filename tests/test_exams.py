@@ -100,6 +100,10 @@ def test_effort_is_what_a_style_asks_for_and_tokens_buy(env):
         assert words == f"Q1.\n{answers[0]}\nQ2.\n\\boxed{{NA}}\nQ3.\n{answers[2]}"
     assert reference_response(POCKET, PAPERS[0], "plan_and_solve").endswith(
         reference_response(POCKET, PAPERS[0]))
+    for style, answers in (("rated", [p.solution for p in PAPERS[0]]),
+                           ("rated_brief", [p.brief for p in PAPERS[0]])):
+        assert reference_response(POCKET, PAPERS[0], style) == "\n".join(
+            f"Q{i}.\n({p.tier}) {words}" for i, (p, words) in enumerate(zip(PAPERS[0], answers), 1))
     real = Problem("a", "1 + 1?", "2", "1 + 1 = 2. \\boxed{2}", "easy", "own")
     assert reference_response(PAPER, [real], "brief").endswith(real.solution), "it has no other"
 

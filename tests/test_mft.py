@@ -426,5 +426,6 @@ def test_what_cannot_end_well_is_refused_before_the_work(env, small_world, tmp_p
     assert "name another --out" in run()
     assert out.read_text() == "a thesis" and not work.exists()
     out.unlink()
+    assert "at most 320 tokens" in run(replace(SMALL, budgets=(64, 400)))
     assert "not one of 72 sampled answers is right" in run()
     assert "holds a run with another seed" in run(replace(SMALL, seed=1))

@@ -62,7 +62,10 @@ def test_rows_answer_with_the_effort_asked_for_and_give_up_by_rule(env, style):
         if style == "at_once":
             assert words.split() == [w for i, a in enumerate(answers, 1)
                                      for w in (f"Q{i}.", f"\\boxed{{{a}}}")]
-        assert ("=" in words) == (style not in ("brief", "at_once")) or all(skips)
+        assert len(re.findall(r"Q\d+\. \((easy|medium|hard)\) ", words)) == n * style.startswith(
+            "rated")
+        in_full = re.search(r"\d = \d", words) is not None
+        assert in_full == (style not in ("brief", "rated_brief", "at_once")) or all(skips)
     assert {*skipped} == ({True, False} if style == "least_to_most" else set())
 
 

@@ -137,6 +137,7 @@ def test_bad_input_is_refused_before_the_first_step(small_world, start, tmp_path
     assert "name a local folder" in refused(checkpoint="no/such/folder/here")
     assert "engine 'colocate' needs TRL's trainer" in refused(engine="colocate")
     assert "budget 2 is smaller" in refused(replace(SMALL_RARL, budgets=(64, 2)))
+    assert "at most 320 tokens" in refused(replace(SMALL_RARL, budgets=(64, 400)))
     config.write_text('{"do_sample": false, "temperature": 0.5}')
     assert "mend its generation_config.json first" in refused()
     load_tokenizer("gsm8k-bpe").save_pretrained(start)

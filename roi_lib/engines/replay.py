@@ -13,9 +13,9 @@ from roi_lib.worlds import World
 def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
                        skip: Sequence[bool] = ()) -> str:
     """The solutions in order, under their headers, as a faultless writer would write them: in full,
-    or with the style `brief` or `at_once` with less effort; where a problem's flag in `skip` is
-    set, a skip instead. Plan-and-Solve opens with a plan of all problems, Least-to-Most with a
-    rating of each; both cost tokens like any other."""
+    or with a style `brief` or `at_once` with less effort, behind a rating of the problem where the
+    style is a rated one; where a problem's flag in `skip` is set, a skip instead. Plan-and-Solve
+    opens with a plan of all problems, Least-to-Most with a rating of each. All of it costs tokens."""
     headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
     opening = {"plan_and_solve": ("Plan", [p.plan or "solve" for p in problems]),
                "least_to_most": ("Rating", [p.tier for p in problems])}
@@ -26,7 +26,8 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         parts.append(f"{title}: {'; '.join(notes)}.")
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
         answer = {"brief": p.brief or p.solution, "at_once": f"\\boxed{{{p.answer}}}"}
-        words = SKIP_WORDS if skipped else answer.get(style, p.solution)
+        words = SKIP_WORDS if skipped else answer.get(style.removeprefix("rated_"), p.solution)
+        words = f"({p.tier}) {words}" if style.startswith("rated") else words
         parts.append(f"{header}\n{words}")
     return "\n".join(parts)
 

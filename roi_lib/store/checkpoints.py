@@ -70,6 +70,11 @@ def _load(kind, name: str, **options):
                               "and whole *.safetensors, for pickles are refused") from error
 
 
+def load_config(name: str):
+    """A checkpoint's configuration, without its weights."""
+    return _load(AutoConfig, name)
+
+
 def load_model(name: str, dtype: str = "auto"):
     """A checkpoint's causal language model, in eval mode, in `dtype` ("auto": its own)."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -116,7 +121,7 @@ def load_environment(world: World, checkpoint: str | None = None,
     """A world with that tokenizer, or the checkpoint's own, or else the world's; it must fit."""
     words = load_tokenizer(tokenizer or checkpoint or world.tokenizer, world.tokenizer)
     if checkpoint and locate(checkpoint):
-        check_tokenizer(_load(AutoConfig, checkpoint), words, checkpoint)
+        check_tokenizer(load_config(checkpoint), words, checkpoint)
     return Environment(world, words)
 
 

@@ -40,7 +40,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
-    join = {r" (?=[.,:;?}])": "", r"(?<=\{) ": "", r" (?=</?predicted|Level-)": "",
+    join = {r" (?=[.,:;?})])": "", r"(?<=[{(]) ": "", r" (?=</?predicted|Level-)": "",
             r" (?=Q\d+\.)": "\n"}
     core.decoder = decoders.Sequence([
         decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(),

@@ -9,9 +9,13 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
+import torch
 
 from roi_lib import osmckp
 from roi_lib.experiments import knapsack
+from roi_lib.generation import within_budget
+from roi_lib.mft import Sample, align
+from roi_lib.rarl import advantages, policy_loss
 from roi_lib.worlds import ORDERS, POCKET
 
 EXERCISES = {}
@@ -166,8 +170,6 @@ def _(rng, number):
 @cases("03.1", 1, 80, "tokens {0}, budget {1}, end {2}: which comes first, the end or the budget?",
        lambda got, truth: ([*got[0]], bool(got[1])) == truth)
 def _(rng, number):
-    from roi_lib.generation import within_budget  # here, so that notebook 01 goes without torch
-
     ids, budget, eos = rng.integers(0, 5, rng.integers(1, 9)).tolist(), int(rng.integers(1, 9)), 4
     truth = within_budget(ids, budget, [eos])
     return (ids, budget, eos), ([*truth.ids], truth.finished)
@@ -197,8 +199,6 @@ def _(rng, number):
 @cases("04.1", 1, 120, "samples {0} and edges {1}: the shortest *right* one counts, an edge "
        "belongs to the level below it, and no use means Level-3")
 def _(rng, number):
-    from roi_lib.mft import Sample, align
-
     edges = np.sort(rng.choice(np.arange(10, 60), 3, replace=False)).tolist()
     samples = [(int(cost), bool(rng.random() < 0.5))
                for cost in rng.choice([*range(5, 75), *edges], rng.integers(1, 7))]
@@ -215,11 +215,13 @@ def _(rng, number):
     return (nats.tolist(), kinds, weight), (weights * nats).sum() / (weights > 0).sum()
 
 
-@cases("04.3", 3, 32, "a solve rate of {0} and {1} samples: all of them must fail")
+@cases("04.3", 3, 60, "samples {0}, a skip of {1} and a budget of {2}: try every combination")
 def _(rng, number):
-    p = float(number) if number < 2 else round(float(rng.random()), 3)
-    k = int(rng.integers(1, 17))
-    return (p, k), np.full(k, 1 - p).prod()
+    costs, right = rng.integers(1, 40, (3, 3)).tolist(), (rng.random((3, 3)) < 0.7).tolist()
+    skip, budget = (int(x) for x in rng.integers((1, 20), (9, 90)))
+    samples = [[*zip(*some, strict=True)] for some in zip(costs, right, strict=True)]
+    return (samples, skip, budget), knapsack.offline_value(
+        [[skip, *some] for some in costs], [[0, *some] for some in right], budget)
 
 
 @cases("04.4", 4, 50, "skipped {0}, solve rates {1}: a mean over the skipped, a share of the tried")
@@ -244,10 +246,6 @@ def _(rng, number):
 
 @cases("05.2", 2, 60, "rewards {0}: a failed rollout counts in no mean, and has advantage 0")
 def _(rng, number):
-    import torch
-
-    from roi_lib.rarl import advantages
-
     rewards = [None if rng.random() < 0.2 else int(x) for x in rng.integers(0, 4, 6)]
     rewards[0] = 3
     return (rewards,), advantages(torch.tensor(np.array([rewards], float)))[0]
@@ -255,10 +253,6 @@ def _(rng, number):
 
 @cases("05.3", 3, 60, "arguments {0}, {1}, {2}, {3!r}: the loss is also a mean over the rollouts")
 def _(rng, number):
-    import torch
-
-    from roi_lib.rarl import policy_loss
-
     lengths = rng.integers(1, 40, 5)
     advantage, longest = rng.integers(-4, 5, 5) / 2, int(lengths.max() + rng.integers(0, 30))
     normalizer = ("constant", "length")[number % 2]

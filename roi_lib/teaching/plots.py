@@ -28,8 +28,8 @@ METHODS = {  # label, color, line style, marker, hatch: the same in every figure
     "optimal_statement": ("optimal", "#D55E00", "-", "", ""),
     "plan_and_solve": ("Plan-and-Solve", "#CC79A7", ":", "D", "xxx"),
     "least_to_most": ("Least-to-Most", "#E69F00", "-.", "s", "///"),
-    "mft": ("MFT", "#56B4E9", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
-    "mft_greedy_knapsack": ("MFT + knapsack", "#009E73", (0, (6, 1.5)), "v", "\\\\\\"),
+    "mft": ("MFT", "#009E73", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
+    "mft_greedy_knapsack": ("MFT + knapsack", "#56B4E9", (0, (6, 1.5)), "v", "\\\\\\"),
     "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++")}
 FEW = 30  # a share or a percentile of fewer says little
 WIDTH, ABOVE = 7.5, {"loc": "outside upper left", "ncols": 4}
@@ -216,29 +216,25 @@ def score_split(records, budget, orders=("medium", "hard")):
     return fig
 
 
-def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score",
+def sweep_lines(rows, xlabel, orders=("easy", "hard"), value="score",
                 ylabel="Score [problems solved]"):
-    """Score (or regret) along a sweep's x, a panel an order, with 95 % intervals; of one budget,
-    where there are several."""
-    rows = pd.DataFrame(rows).loc[lambda rows: (budget is None) | (rows["budget"] == budget)]
-    words = rows["x"].astype(str).str.replace("-", "\n")
-    rows = rows.set_index(rows["x"] if rows["x"].dtype.kind in "if" else words.factorize()[0])
+    """Score (or another value of records) by their x, a panel an order, with 95 % intervals."""
+    rows = pd.DataFrame(rows).set_index("x")
     fig = lines(*((None, {method: own[[value, f"{value}_low", f"{value}_high"]] for method, own in
                           rows[rows["order"] == order].groupby("method", sort=False)},
                    xlabel, ylabel if order == orders[0] else "", f"{order} order")
                   for order in orders), columns=len(orders), height=4.0, sharey=True)
-    for ax in fig.axes:
-        ax.set_xticks(rows.index.unique(), words.unique(), size=9 if words.nunique() > 3 else 11)
+    if rows.index.nunique() < 7:
+        plt.setp(fig.axes, xticks=rows.index.unique())
     return fig
 
 
 def position_accuracy(table, budget, orders=ORDERS):
     """Share of right answers by position, a panel an order, with `share_interval`."""
-    cell = ["budget", "method", "order", "position"]
-    shares = table.groupby(cell, sort=False)["correct"].agg(["mean", "size"]).reset_index()
+    own = table[table["budget"] == budget].groupby(["method", "order", "position"], sort=False)
+    shares = own["correct"].agg(["mean", "size"]).reset_index().rename(columns={"position": "x"})
     shares["mean_low"], shares["mean_high"] = share_interval(shares["mean"], shares["size"])
-    fig = sweep_lines(shares.rename(columns={"position": "x"}), "position", budget, orders, "mean",
-                      f"right answers ({budget} tokens)")
+    fig = sweep_lines(shares, "position", orders, "mean", f"right answers ({budget} tokens)")
     plt.setp(fig.axes, ylim=(-0.03, 1.03))
     return fig
 
@@ -337,7 +333,7 @@ def training_curves(logs, columns, window=1):
     """Columns of logs, {label: DataFrame}, a panel each: means of the last `window` numbers."""
     fig = lines(*((None, {label: log.set_index("step")[name].dropna().rolling(
         window, min_periods=1).mean() for label, log in logs.items()}, "step",
-        f"{name} [nats]" if name == "entropy" else name, "") for name in columns), height=2.1)
+        f"{name} [nats]" if name.endswith("entropy") else name, "") for name in columns), height=2.1)
     for ax, name in zip(fig.axes, columns, strict=True):
         share = name in ("level_accuracy", "accuracy", "cut", "no_spread") or "skip_" in name
         ax.set_ylim(0, 1.03 if share else None)

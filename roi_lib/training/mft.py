@@ -1,5 +1,6 @@
 """MFT from a checkpoint to a checkpoint (paper, section on MFT), with TRL's SFTTrainer."""
 
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,14 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from roi_lib import mft
 from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
 from roi_lib.evaluation import confusion, rates
-from roi_lib.exams import Environment, draw_papers, in_orders
+from roi_lib.exams import Environment, draw_papers, in_orders, tag
 from roi_lib.generation import Engine
 from roi_lib.sitting import sit
 from roi_lib.store.checkpoints import model_hash
@@ -23,6 +25,7 @@ from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, MFTRecipe, World
 
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
+TAG_STEPS, TAG_RATE = 40, 0.03  # of `introduce_tags`, with Adam
 
 
 def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
@@ -41,6 +44,27 @@ def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
                              "give tag_weight 1")
         weights[env.level_ids] = recipe.tag_weight
     return weights
+
+
+def introduce_tags(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe) -> None:
+    """Train the embeddings of the tags' own tokens, and nothing else, for `TAG_STEPS` batches: the
+    base has never met them, and words so unlikely would tear at all else that it knows."""
+    ids = sorted({i for level in range(env.world.skip_level + 1) for i in env.encode(tag(level))})
+    embeddings, own = model.get_input_embeddings().weight, torch.zeros(len(env.tokenizer), 1)
+    own[ids] = 1
+    handle = embeddings.register_hook(lambda gradient: gradient * own)
+    optimizer = torch.optim.Adam([embeddings], TAG_RATE)
+    some = random.Random(recipe.seed).sample(rows, min(TAG_STEPS * recipe.rows, len(rows)))
+    for start in range(0, len(some), recipe.rows):
+        batch = some[start : start + recipe.rows]
+        x = pad_sequence([torch.tensor(row.prompt + row.response) for row in batch], True)
+        learned = pad_sequence([torch.tensor([False] * (len(row.prompt) - 1) + [True]
+                                             * len(row.response)) for row in batch], True)
+        logits = model(x[:, :-1]).logits[learned]
+        cross_entropy(logits, x[:, 1:][learned]).backward()
+        optimizer.step()
+        model.zero_grad()
+    handle.remove()
 
 
 class TagTrainer(SFTTrainer):
@@ -94,6 +118,8 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
     if not rows:  # no steps
         common.TrainingLog(work, DevLog.columns)
         return model
+    if env.level_ids:
+        introduce_tags(env, model, rows, recipe)
     optimizer = None  # the trainer's own AdamW
     if recipe.muon_rate:
         muon, adamw = common.muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)

@@ -155,8 +155,9 @@ in brief, and at once.
 {table.to_string()}
 ```
 
-**Hard problems skipped** under the Least-to-Most prompt, by budget: its rule of thumb gives them up
-where the rated costs exceed the budget, so this is how well the base reads it.
+**Hard problems skipped** under the Least-to-Most prompt, by budget. The rows that it was trained on
+give them up where the rated costs exceed the budget; a base that does not read its budget skips as
+often under a small one as under a large one.
 
 ```
 {pd.Series(skips, name="skipped").round(3).to_frame().T.to_string()}

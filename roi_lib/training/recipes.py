@@ -12,16 +12,16 @@ class PretrainRecipe:
     heads: int = 4  # of the queries
     kv_heads: int = 2  # of the keys and values
     intermediate: int = 384  # width inside the feed-forward layers
-    steps: int = 4_200  # optimizer steps; 0: the random start
+    steps: int = 3_200  # optimizer steps; 0: the random start
     batch_tokens: int = 8_192  # padded tokens a step
     muon_lr: float = 0.02  # Muon's peak, for the matrices
     adamw_lr: float = 5e-3  # AdamW's peak, for everything else
-    warmup: float = 0.02  # share of the steps for linear warm-up
+    warmup: float = 0.02625  # share of the steps for linear warm-up
     hold: float = 0.4  # share of the steps before linear decay sets in
     alone: float = 0.5  # share of rows with a single problem
     styles: tuple[tuple[str, float], ...] = (  # (prompting style, share of rows)
-        ("direct", 0.42), ("brief", 0.36), ("at_once", 0.06), ("plan_and_solve", 0.05),
-        ("least_to_most", 0.11))
+        ("direct", 0.42), ("rated", 0.16), ("brief", 0.12), ("rated_brief", 0.08),
+        ("at_once", 0.05), ("plan_and_solve", 0.06), ("least_to_most", 0.11))
     longest_row: int = 512  # in tokens; longer ones are drawn again
     rows_at_once: int = 2_048  # rows sorted by length at a time
     log_every: int = 25  # steps between rows of the log
