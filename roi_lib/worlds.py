@@ -220,7 +220,7 @@ POCKET = World(
         "counted_brief": _BUDGET + "Count down, then answer in brief, in order.\n{problems}",
         "plan_and_solve": _BUDGET + "Plan first, then solve in order.\n{problems}",
         "least_to_most": _BUDGET + "Rate first, then solve in order or skip.\n{problems}",
-        # Last, where the first level is decided soon after: further away, a small model overlooks it.
+        # Last, for the first level is decided soon after: further away, it is overlooked.
         "roi": "Predict each level, then solve in order or skip.\n{problems}\n" + _BUDGET.strip(),
     },
     largest_budget=320,  # that the base was trained under
