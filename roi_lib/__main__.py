@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +13,6 @@ import tyro
 
 from roi_lib import worlds
 from roi_lib.exams import draw_papers
-from roi_lib.experiments import instances
 from roi_lib.problems import SPLITS
 from roi_lib.store import files, papers, sources
 from roi_lib.training.recipes import PretrainRecipe
@@ -84,13 +82,6 @@ class ExamRun(Run):
     plot: Path | None = None  # PNG: earned and lost; without bounds, where the tokens went
 
 
-def check_writable(**options: Path | None) -> None:
-    """Refuse output files that cannot be written, or are not ours, before the work starts."""
-    for name, path in options.items():
-        if path:
-            files.check_file(path, f"--{name.replace('_', '-')}")
-
-
 def exam_papers(args: ExamRun, world: World):
     """The papers that the options name, and their list, with its split and its seed."""
     listed = papers.read_paper_list(args.papers) if args.papers else None
@@ -120,7 +111,10 @@ def exam(args: Omit[ExamRun]) -> None:
 
     Example: python -m roi_lib exam --methods base,mft,rarl,best_rule,optimal"""
     from roi_lib.experiments import methods, table
-    check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
+    for path, option in ((args.out, "--out"), (args.write_papers, "--write-papers"),
+                         (args.plot, "--plot")):
+        if path:
+            files.check_file(path, option)
     for order in args.orders:
         check_choice("order", order, ORDERS)
     if args.save:
@@ -157,8 +151,8 @@ def exam(args: Omit[ExamRun]) -> None:
 def report(args: ExamRun, results, n_exams: int) -> None:
     """What a server charged, what failed, and why there are no intervals. `ValueError`: all of it
     failed, so there is no Score."""
-    for method, usage in results.usage.items():
-        print(f"{method}: {usage.report(*args.price)}")
+    for (method, budget), usage in results.usage.items():
+        print(f"{method}, {budget} tokens: {usage.report(*args.price)}")
     if n_exams == 1:
         print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
     rows = results.table[results.table["position"] == 1] if len(results.table) else results.table
@@ -174,21 +168,22 @@ def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
     """Compare methods along one thing: problems, mix or temperature; into a CSV file.
 
     Example: python -m roi_lib sweep problems --methods base,mft,rarl --out problems.csv"""
-    from roi_lib.experiments import methods, sweeps
-    check_writable(out=out)
+    from roi_lib.experiments import methods, table
+    files.check_file(out)
     world = get_world(args.world)
-    table = sweeps.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
-                             args.seed, sources.load_pool(world, "test", args.data),
-                             engine_of(args, world), args.workers)
-    files.write_csv(out, table)
-    print(f"wrote {out}: {len(table)} rows")
+    found = table.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
+                            args.seed, sources.load_pool(world, "test", args.data),
+                            engine_of(args, world), args.workers)
+    files.write_csv(out, found)
+    print(f"wrote {out}: {len(found)} rows")
 
 
 def osmckp(instance: Positional[Path]) -> None:
     """Solve one instance of OS-MCKP exactly, from a JSON file.
 
     Example: python -m roi_lib osmckp INSTANCE.json"""
-    print(json.dumps(instances.solve_document(instances.read_instance(instance)), indent=1))
+    from roi_lib.experiments import knapsack
+    print(json.dumps(knapsack.solve_document(knapsack.read_instance(instance)), indent=1))
 
 
 def diagnose(log: Positional[Path]) -> None:
@@ -205,7 +200,7 @@ def counterfactuals(out: Path, models: tuple[str, ...] = ("mft", "rarl"), world:
 
     Example: python -m roi_lib counterfactuals --models mft,rarl --out counterfactuals.csv"""
     from roi_lib.experiments import counterfactuals
-    check_writable(out=out)
+    files.check_file(out)
     files.write_csv(out, counterfactuals.compare(get_world(world), models, papers, seed, samples))
     print(f"wrote {out}")
 
@@ -279,7 +274,6 @@ def ablations(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage], variants: tup
     Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv"""
     from roi_lib.experiments.ablations import ablate
     world, out = get_world(stage.world), stage.out or Path("data/ablations.csv")
-    check_writable(out=out)
     ablate(world, recipe, stage.folders("ablations")[1], out, variants, stage.papers, jobs, threads,
            tuple(sources.load_pool(world, split, stage.data) for split in SPLITS))
     print(f"wrote {out}")
@@ -290,8 +284,10 @@ def bench(what: Positional[Literal["osmckp", "generation", "rarl"]],
     """Measure side by side: scipy's milp; transformers' generate and vLLM; TRL's GRPOTrainer.
 
     Example: python -m roi_lib bench generation --out bench.json"""
-    check_writable(out=out)
-    result = import_module(f"roi_lib.experiments.bench_{what}").bench()
+    if out:
+        files.check_file(out)
+    from roi_lib.experiments import benches
+    result = getattr(benches, what)()
     print(json.dumps(result, indent=1))
     if out:
         files.write_json(out, result)

@@ -196,15 +196,15 @@ class Environment:
         """Tokens of one header with one tag: under a smaller budget nothing can be said."""
         return len(self.encode(self.opening(self.world.skip_level)))
 
-    def check_budget(self, budget: int) -> None:
-        """Refuse a budget under which nothing can be said, or that the world cannot state, with a
+    def check_budget(self, *budgets: int) -> None:
+        """Refuse budgets under which nothing can be said, or that the world cannot state, with a
         `ValueError`."""
-        if budget < self.smallest_budget:
-            raise ValueError(f"budget {budget} is smaller than one level tag with its header; "
-                             f"give at least {self.smallest_budget} tokens")
-        if budget > self.world.largest_budget:
-            raise ValueError(f"budget {budget} is more than the {self.world.name} world can say; "
-                             f"give at most {self.world.largest_budget} tokens")
+        if min(budgets) < self.smallest_budget:
+            raise ValueError(f"budget {min(budgets)} is smaller than one level tag with its header;"
+                             f" give at least {self.smallest_budget} tokens")
+        if max(budgets) > self.world.largest_budget:
+            raise ValueError(f"budget {max(budgets)} is more than the {self.world.name} world can "
+                             f"say; give at most {self.world.largest_budget} tokens")
 
     def read_segment(self, cost: int, text: str) -> Segment:
         """Answer and predicted level of one problem's words."""

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -31,10 +32,8 @@ class Request:
     message: str = ""  # the user message that the prompt encodes, for servers
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError("a request needs a prompt of at least one token")
-        if self.budget < 1 or self.n < 1:
-            raise ValueError(f"budget and n must be at least 1, not {self.budget} and {self.n}")
+        if min(found := (self.budget, self.n, len(self.prompt))) < 1:
+            raise ValueError(f"budget, n, and tokens of the prompt: {found}, must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ class CachedDecoder:
     def __init__(self, model, prompts: Sequence[tuple[int, ...]], longest: int, pad_id: int):
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         source = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
-        width = max(map(len, place))  # padded on the left: all go on at the same column
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in place])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place])
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        rows = [torch.tensor(prompt, device=model.device) for prompt in place]
+        # Padded on the left: all go on at the same column.
+        ids = pad_sequence(rows, True, pad_id, "left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
         out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         self.model, self.cache = model, getattr(out, "past_key_values", None)

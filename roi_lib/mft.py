@@ -143,20 +143,22 @@ SKIPPED = 0.3  # share of the problems skipped in a combination drawn by chance
 def best_combination(world: World, problems: Sequence[Problem], samples: Sequence[Sequence[Sample]],
                      budget: int, skip_cost: int, draws: int, rng: random.Random) -> list[Target]:
     """Rejection sampling of a whole exam: of `draws` combinations of sampled answers (right or
-    wrong) and skips, the one with the most points under `budget` tokens, the first on a tie.
+    wrong) and skips, the one with the most points under `budget` tokens, and of those the one that
+    spends most on them: what is left over earns nothing, and what costs more is seldom mere luck.
 
     `skip_cost` is that of a skip with header and tag. A wrong answer, or one that the budget cuts,
     is a skip in what is taught. The choice is made in hindsight: who learns it has seen the luck
     of these samples, and will be bolder than pays."""
-    best, most = [], -1
+    best, most = [], (-1, 0)
     for _ in range(draws):
         chosen = [None if rng.random() < SKIPPED else rng.choice(some) for some in samples]
         left, kept = budget, []
         for sample in chosen:
             left -= sample.cost if sample else skip_cost
             kept.append(sample if sample and sample.correct and left >= 0 else None)
-        if (points := len(kept) - kept.count(None)) > most:
-            best, most = kept, points
+        costs = [sample.cost for sample in kept if sample]
+        if (worth := (len(costs), sum(costs))) > most:
+            best, most = kept, worth
     return [Target(problem, SKIP_WORDS, world.skip_level, 0.0) if sample is None else
             Target(problem, sample.words, world.level_of(sample.cost), 1.0)
             for problem, sample in zip(problems, best, strict=True)]
@@ -215,8 +217,7 @@ def curriculum(env: Environment, problems: Sequence[Problem], samples: Sequence[
         singles.append(make_row(env, [alone(i, budget)], budget))
     for _ in range(recipe.exams):
         n, budget = rng.choices(*zip(*recipe.sizes, strict=True))[0], rng.choice(recipe.budgets)
-        mix = rng.choices(tiers, [recipe.mix[TIERS.index(tier)] for tier in tiers], k=n)
-        drawn = [rng.choice(by_tier[tier]) for tier in mix]
+        drawn = [rng.choice(by_tier[tier]) for tier in rng.choices(tiers, k=n)]
         taught = best_combination(
             world, [problems[i] for i in drawn], [samples[i] for i in drawn], budget, skip_cost,
             recipe.combinations, rng) if recipe.combinations else [alone(i, 10**9) for i in drawn]

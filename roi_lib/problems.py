@@ -108,10 +108,10 @@ class Ledger:
 def marbles(rng: random.Random) -> Sketch:
     """Easy: Ana has 14, Ben has 5 more than Ana, ... One to three steps."""
     n = rng.randint(1, 3)
-    names, thing, value = rng.sample(NAMES, n + 1), rng.choice(THINGS), rng.randint(3, 60)
+    names, thing, value = rng.sample(NAMES, n + 1), rng.choice(THINGS), rng.randint(3, 40)
     parts, ledger = [f"{names[0]} has {value} {thing}."], Ledger(value)
     for previous, name in zip(names, names[1:], strict=False):
-        sign, amount, value = ledger.change(rng, value, 12)
+        sign, amount, value = ledger.change(rng, value, 9)
         parts.append(f"{name} has {amount} {'more' if sign == '+' else 'fewer'} than {previous}.")
     return ledger.sketch([*parts, f"How many {thing} does {names[-1]} have?"])
 

@@ -30,6 +30,10 @@ from roi_lib.exams import Environment, Exam
 from roi_lib.generation import Engine, Request, Rollout
 from roi_lib.grading import grade
 
+COLUMNS = ["exam", "rollout", "position", "problem", "tier", "family", "order", "budget", "cost",
+           "predicted", "real", "answer", "skipped", "correct", "reached", "cut", "tokens",
+           "preamble", "finished", "revisits", "overrun", "failed", "prompt", "ids"]
+
 
 def sit(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int | Sequence[int],
         n: int = 1, style: str = "direct", temperature: float = 1.0, seed: int = 0,
@@ -50,8 +54,7 @@ def sit(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int | S
     if not exams:
         raise ValueError("there are no exams to sit")
     budgets = np.broadcast_to(budget, len(exams)).tolist()
-    for some in (min(cap or b for b in budgets), max(budgets)):
-        env.check_budget(some)
+    env.check_budget(cap or min(budgets), *budgets)
     messages = [env.message(exam, b, style) for exam, b in zip(exams, budgets, strict=True)]
     unique, first = list(dict.fromkeys(messages)), tuple(env.encode(opening)) if opening else ()
     prompts = dict(zip(unique, env.prompts(unique), strict=True))
@@ -88,11 +91,6 @@ def tabulate(env: Environment, exams: Sequence[Exam], budget: int | Sequence[int
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["correct"] = grade(world, pairs)
     return table
-
-
-COLUMNS = ["exam", "rollout", "position", "problem", "tier", "family", "order", "budget", "cost",
-           "predicted", "real", "answer", "skipped", "correct", "reached", "cut", "tokens",
-           "preamble", "finished", "revisits", "overrun", "failed", "prompt", "ids"]
 
 
 def points(table: pd.DataFrame) -> np.ndarray:

@@ -107,7 +107,11 @@ def test_effort_is_what_a_style_asks_for_and_tokens_buy(env):
                 zip(PAPERS[0], answers, strict=True), 1))
     counted = reference_response(POCKET, PAPERS[0], "counted_brief", left=lambda text: len(text))
     first, rest = counted.split("\nQ2.\n")
-    assert first == f"Q1.\n(0000) {PAPERS[0][0].brief}" and rest.startswith(f"({len(first):04}) ")
+    assert first == f"Q1.\n(0) {PAPERS[0][0].brief}" and rest.startswith(f"({len(first)}) ")
+    for budget, sign in ((159, ">"), (160, "="), (161, "<")):
+        words = reference_response(POCKET, PAPERS[0], "least_to_most", budget=budget)
+        assert f"Q3 hard. 160 {sign} {budget}.\nQ1.\n" in words, "what the tiers cost together"
+        assert words.endswith("\\boxed{NA}") == (sign == ">")
     real = Problem("a", "1 + 1?", "2", "1 + 1 = 2. \\boxed{2}", "easy", "own")
     assert reference_response(PAPER, [real], "brief").endswith(real.solution), "it has no other"
 

@@ -224,7 +224,7 @@ def test_the_forward_of_our_own_is_that_of_the_model(tokenizer, prompts, kind, t
     requests = [Request(p, 25 + i, (i,), n=1 + i % 4) for i, p in enumerate(prompts)]
     assert fast.generate(requests, temperature) == plain.generate(requests, temperature)
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not LlamaEngine.fits(model.config)
+    assert not isinstance(engine_for(model, tokenizer), LlamaEngine)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt2", "qwen3"])

@@ -151,10 +151,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_sat(small_world, refu
 
 def test_a_log_is_replayed_and_that_of_another_run_refused(small_world, tmp_path, refusal):
     comparison = Comparison(small_world, PAPERS[:1], engine=EngineConfig(log=tmp_path))
-    first, log = run_method(comparison, "base", [16]), tmp_path / "base-16.jsonl"
+    first, log = run_method(comparison, "base", 16), tmp_path / "base-16.jsonl"
     replay = replace(comparison, engine=EngineConfig("replay", log=tmp_path))
-    assert same(run_method(replay, "base", [16]), first)
+    assert same(run_method(replay, "base", 16), first)
     replay = replace(replay, papers=PAPERS[:2])
-    assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", [16])
+    assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", 16)
     log.write_text(log.read_text().replace('"model": "', '"model": "0', 1))
-    assert "log of another run: its model is '0" in refusal(run_method, comparison, "base", [16])
+    assert "log of another run: its model is '0" in refusal(run_method, comparison, "base", 16)

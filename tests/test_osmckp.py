@@ -11,7 +11,7 @@ from scipy.optimize import LinearConstraint, milp
 
 from roi_lib import osmckp
 from roi_lib.experiments import knapsack
-from roi_lib.experiments.instances import read_instance, solve_document
+from roi_lib.experiments.knapsack import read_instance, solve_document
 from roi_lib.osmckp import SKIP, Action, Instance
 
 fast = settings(max_examples=40, deadline=None)
@@ -156,12 +156,10 @@ def test_distribution_and_simulation_of_any_policy(instance, seed):
     assert np.array_equal(runs.score, knapsack.simulate(instance, policy, 4000, seed).score)
 
 
-def test_bad_policies_and_too_many_states():
+def test_bad_policies():
     for policy in (np.zeros((3, 9), int), np.zeros(4, int), np.zeros(3), [2, 2, 2], [-1, 0, 0]):
         with pytest.raises(ValueError, match="policy"):
             osmckp.evaluate(hand_exam(), policy)
-    with pytest.raises(ValueError, match="use simulate"):
-        knapsack.distribution(random_instance(3, 500, 3, 50), np.ones(3, int), max_states=100)
 
 
 @fast

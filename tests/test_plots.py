@@ -81,12 +81,10 @@ def test_bars_and_ranges():
     assert np.allclose(sizes(fig.axes[0], "x"), [
         [x, x + 1] for x in (-0.4, -0.4 / 3, 0.4 / 3)]), "centred on their labels"
     assert texts(fig.legends[0].texts) == ["MFT", "other", "third"]
-    stacked = plots.bars(["a", "b"], series, "x", "share", stacked=True)
-    assert sizes(stacked.axes[0], "y") == [[0, 0], [0.25, 0.5], [0.75, 0.75]]
-    left, right = plots.ranges({"one": {"a": (1, 2, 5)}, "two": {"a": (1, 2, 3, 4, 8)}}, "tokens",
-                               columns=2, lines={"edge": 6}, log=True).axes
-    assert xs(left) == [[1, 5], [2], [6, 6]] and xs(right) == [[1, 8], [3], [6, 6]]
-    assert sizes(right) == [[2]] and right.get_xscale() == "log" and texts(right.texts) == ["edge"]
+    above, below = plots.ranges({"one": {"a": (1, 2, 5)}, "two": {"a": (1, 2, 3, 4, 8)}}, "tokens",
+                                lines={"edge": 6}, log=True).axes
+    assert xs(above) == [[1, 5], [2], [6, 6]] and xs(below) == [[1, 8], [3], [6, 6]]
+    assert sizes(below) == [[2]] and below.get_xscale() == "log" and texts(below.texts) == ["edge"]
 
 
 def test_figures_of_the_knapsack():

@@ -16,7 +16,7 @@ from conftest import SMALL_RARL, SMALL_TRL, TRAIN, log_of, tiny_model
 from roi_lib.exams import draw_papers
 from roi_lib.rarl import training_exams
 from roi_lib.store.checkpoints import load_model, load_tokenizer, weights_hash
-from roi_lib.store.files import folder_lock, verify_folder
+from roi_lib.store.files import lock, verify_folder
 from roi_lib.training.rarl import COLUMNS, PAPERS_SEED, measure, train, train_rarl
 from roi_lib.worlds import PAPER, POCKET
 
@@ -79,7 +79,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(run, tmp_path, monkeypatch
 def test_another_recipe_or_process_is_refused(run, tmp_path, refusal):
     run(tmp_path, steps=1)
     assert "another learning_rate, which" in refusal(run, tmp_path, steps=1, learning_rate=2e-3)
-    with folder_lock(tmp_path):
+    with lock(tmp_path):
         assert "another process is writing" in refusal(run, tmp_path, steps=1)
 
 

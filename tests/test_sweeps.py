@@ -5,23 +5,18 @@ from dataclasses import replace
 import pandas as pd
 
 from roi_lib.engines import EngineConfig
-from roi_lib.experiments.sweeps import MIXES, run_sweep, settings
+from roi_lib.experiments.table import MIXES, run_sweep
 from roi_lib.rational import BOUNDS
-from roi_lib.worlds import POCKET
 
 
-def test_settings_of_the_pocket_world(refusal):
-    by_size = {n: some for n, _, some, _ in settings(POCKET, "problems")}
-    assert by_size == {n: (16 * n, 32 * n, 48 * n) for n in (2, 4, 5, 6)}
-    assert max(by_size[6]) <= POCKET.largest_budget
+def test_rows_and_a_sweep_that_goes_on_from_its_logs(small_world, tmp_path, refusal):
     assert "problems, mix, temperature, not 'weather'" in refusal(
-        settings, POCKET, "weather")
-
-
-def test_rows_and_a_sweep_that_goes_on_from_its_logs(small_world, tmp_path):
+        run_sweep, small_world, "weather", ["replay"], 4)
     small = replace(small_world, budgets=(24, 48))
     table = run_sweep(small, "problems", ["replay"], 4)
     assert table["x"].tolist() == table["n_problems"].tolist() == sorted([2, 4, 5, 6] * 9)
+    assert {x: tuple(own["budget"].unique()) for x, own in table.groupby("x")} == {
+        n: (3 * n, 6 * n, 9 * n) for n in (2, 4, 5, 6)}
     assert set(table["sweep"]) == {"problems"} and table["tiers"].str.contains("hard").all()
     first, again = (run_sweep(small, "mix", ["base", "optimal"], 2, engine=EngineConfig(
         name, log=tmp_path)) for name in ("torch", "replay"))

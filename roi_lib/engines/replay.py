@@ -7,17 +7,18 @@ from itertools import zip_longest
 from roi_lib.exams import SKIP_WORDS, Environment, Exam
 from roi_lib.generation import Engine, Request, Stream, within_budget
 from roi_lib.problems import Problem
-from roi_lib.worlds import World
+from roi_lib.worlds import TIERS, World
 
 
 def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
-                       skip: Sequence[bool] = (),
+                       skip: Sequence[bool] = (), budget: int | None = None,
                        left: Callable[[str], int] = lambda text: 0) -> str:
     """The solutions in order, under their headers, as a faultless writer would write them: in full,
     or with a style `brief` or `at_once` with less effort; where a problem's flag in `skip` is set,
     a skip instead. A rated style has a rating before each answer, a counted one the tokens that are
-    `left` behind the text so far; Plan-and-Solve opens with a plan of all problems, Least-to-Most
-    with a rating of each. Every token counts."""
+    `left` behind the text so far. Plan-and-Solve opens with a plan of all problems, Least-to-Most
+    with a rating of each; given a `budget`, it compares with it what the tiers cost together, and
+    skips the hard problems where that is more. Every token counts."""
     headers = [world.header.format(i=i) for i in range(1, len(problems) + 1)]
     opening = {"plan_and_solve": ("Plan", [p.plan or "solve" for p in problems]),
                "least_to_most": ("Rating", [p.tier for p in problems])}
@@ -26,6 +27,10 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         title, words = opening[style]  # `Q1` without its dot is taken for no header
         notes = [f"{h.strip('#. ')} {word}" for h, word in zip(headers, words, strict=True)]
         parts.append(f"{title}: {'; '.join(notes)}.")
+    if style == "least_to_most" and budget is not None:
+        cost = sum(world.centroids[TIERS.index(p.tier)] for p in problems)
+        parts[0] += f" {cost} {'<=>'[(cost > budget) - (cost < budget) + 1]} {budget}."
+        skip = [cost > budget and p.tier == TIERS[-1] for p in problems]
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
         answer = {"brief": p.brief or p.solution, "at_once": f"\\boxed{{{p.answer}}}"}
         effort = style.removeprefix("rated").removeprefix("counted").lstrip("_")
@@ -33,7 +38,7 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         if style.startswith("rated"):
             words = f"({p.tier}) {words}"
         elif style.startswith("counted"):
-            words = "({:04}) {}".format(left("\n".join(parts)), words)
+            words = "({}) {}".format(left("\n".join(parts)), words)
         parts.append(f"{header}\n{words}")
     return "\n".join(parts)
 

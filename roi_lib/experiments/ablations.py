@@ -1,7 +1,7 @@
 """What each choice of RARL is worth: the same recipe with one thing changed, all in one table."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -64,41 +64,29 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
 
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
-           pools: tuple = (None, None)) -> pd.DataFrame:
+           pools: tuple = (None, None)) -> None:
     """Run variants (all, unless named), `jobs` at a time with `threads` each, or go on in `work`.
     The table goes to `out`, TABLE.csv, logs to TABLE/NAME.csv. `pools`: to train and measure on.
     `ValueError`: unknown name, or a variant that failed, once the others are done."""
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)
-    check_table(out, names)
+    check_file(out)
+    if (logs := out.with_suffix("")) == out:
+        raise ValueError(f"the logs go to a folder {out}; give the table another --out, as x.csv")
+    for name in names if logs.exists() else ():
+        check_file(logs / f"{name}.csv")
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
         runs = {name: executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
                                       pools) for name in names}
         list(tqdm(as_completed(runs.values()), "variants", len(runs)))  # waits, with a bar
     failed = {name: run.exception() for name, run in runs.items() if run.exception()}
     if done := [name for name in runs if name not in failed]:
-        table = write_table(out, (runs[name].result() for name in done), {
-            name: work / name / "log.csv" for name in done if ABLATIONS[name][1] is not None})
+        tables = [runs[name].result() for name in done]
+        write_csv(out, pd.concat(tables).reindex(columns=COLUMNS).round(4))
+        logs.mkdir(exist_ok=True)
+        for name in done:
+            if (log := work / name / "log.csv").exists():  # all but the start have one
+                shutil.copy(log, logs / f"{name}.csv")
     for name, error in failed.items():
         raise ValueError(f"{name} failed ({error}); run the same command again") from error
-    return table
-
-
-def check_table(out: Path, names: Sequence[str]) -> None:
-    """Refuse, before the work, a table or logs that could not be written or are not ours."""
-    check_file(out)
-    if (logs := out.with_suffix("")) == out:
-        raise ValueError(f"the logs go to a folder {out}; give the table another --out, as x.csv")
-    for name in names if logs.exists() else ():
-        check_file(logs / f"{name}.csv")
-
-
-def write_table(out: Path, tables: Iterable[pd.DataFrame], logs: dict[str, Path]) -> pd.DataFrame:
-    """Write tables as one, in one piece, and the logs into the folder of its name."""
-    table = pd.concat(tables).reindex(columns=COLUMNS).round(4)
-    write_csv(out, table)
-    out.with_suffix("").mkdir(parents=True, exist_ok=True)
-    for name, log in logs.items():
-        shutil.copy(log, out.with_suffix("") / f"{name}.csv")
-    return table

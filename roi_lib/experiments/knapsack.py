@@ -4,27 +4,22 @@
     greedy_roi, open_loop, hindsight         what to compare the optimal one with
     offline_value                            the best score when all luck is known
     best_order, order_regret, optimality_gap, value_of_information    what is lost, and to what
+    read_instance, solve_document            the command `osmckp INSTANCE.json`
 
 All values are in points, all costs in tokens. Notebook 01."""
 
 import math
 from collections import defaultdict, namedtuple
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
 
-from roi_lib.osmckp import (
-    TIE,
-    Instance,
-    as_policy,
-    cheapest_best,
-    evaluate,
-    expected_charge,
-    expected_reward,
-    require,
-    solve,
-)
+from roi_lib import osmckp
+from roi_lib.osmckp import TIE, Action, Instance, as_policy, evaluate, require, solve
+from roi_lib.store.files import read_json
 
+MAX_CELLS = 10**8  # actions x budgets of an instance: their arrays take at most about 5 GB
 Runs = namedtuple("Runs", "score spent action left mean_score se")
 Plan = namedtuple("Plan", "actions value")
 Estimate = namedtuple("Estimate", "value se")  # in points; standard error 0.0: exact
@@ -39,8 +34,8 @@ class Distribution(namedtuple("Distribution", "score spent p mean_score mean_spe
         return values, np.bincount(index, self.p)
 
 
-def distribution(instance: Instance, policy, max_states: int = 10**6) -> Distribution:
-    """Exact distribution of score and tokens spent; ValueError above `max_states` such pairs."""
+def distribution(instance: Instance, policy) -> Distribution:
+    """Exact distribution of score and tokens spent; of large instances `simulate` draws runs."""
     policy = as_policy(instance, policy)
     states, same = {(0.0, instance.budget): 1.0}, {}  # (score, tokens left) -> probability
     for i, actions in enumerate(instance.classes):
@@ -51,7 +46,6 @@ def distribution(instance: Instance, policy, max_states: int = 10**6) -> Distrib
                 now = score + reward * (cost <= left)
                 now = same.setdefault(f"{now:.12g}", now)  # rounding makes no new score
                 states[now, max(left - int(cost), 0)] += p * q
-            require(len(states) <= max_states, "distribution: too many states, use simulate")
     score, left, p = np.array([(*state, p) for state, p in sorted(states.items())]).T
     spent = instance.budget - left.astype(int)
     return Distribution(score, spent, p, float(p @ score), float(p @ spent))
@@ -88,9 +82,9 @@ def greedy_roi(instance: Instance) -> np.ndarray:
     E[r 1(c <= b)] / E[min(c, b)], where a free action counts as a millionth of a token."""
     policy = np.empty((len(instance), instance.budget + 1), dtype=np.int32)
     for i, actions in enumerate(instance.classes):
-        charge = expected_charge(actions, instance.budget)
-        roi = expected_reward(actions, instance.budget) / np.maximum(charge, 1e-6)
-        policy[i] = cheapest_best(roi, charge, TIE * roi.max(axis=0))
+        charge = osmckp.expected_charge(actions, instance.budget)
+        roi = osmckp.expected_reward(actions, instance.budget) / np.maximum(charge, 1e-6)
+        policy[i] = osmckp.cheapest_best(roi, charge, TIE * roi.max(axis=0))
     return policy
 
 
@@ -167,3 +161,40 @@ def optimality_gap(instance: Instance, policy) -> float:
 def value_of_information(instance: Instance) -> float:
     """V(optimal policy) - V(best fixed plan), in points: what looking at the clock is worth."""
     return solve(instance).value - open_loop(instance).value
+
+
+def read_instance(path: Path) -> Instance:
+    """Read {"budget": B, "classes": [[{"name": ..., "outcomes": [{"p", "cost", "reward"}]}]]};
+    `ValueError` names file, class and action (both counted from 0) and field."""
+    document, classes, where = read_json(path), [], "instance"
+    try:
+        for i, actions in enumerate(_field(document, "classes", list)):
+            classes.append([])
+            for k, entry in enumerate(actions if isinstance(actions, list) else ()):
+                where = f"class {i}, action {k}"
+                rows = [[_field(outcome, field, int | float) for field in ("p", "cost", "reward")]
+                        for outcome in _field(entry, "outcomes", list)]
+                classes[i].append(Action(_field(entry, "name", str), rows))
+        where = "instance"
+        instance = Instance(_field(document, "budget", int | float), classes)
+        require((instance.budget + 1) * sum(map(len, classes)) <= MAX_CELLS,
+                f"field budget: {instance.budget} tokens need too much memory, give a smaller one")
+    except ValueError as error:
+        raise ValueError(f"{path}: {where}, {error}") from error
+    return instance
+
+
+def _field(entry, field: str, kind):
+    value = entry.get(field) if isinstance(entry, dict) else None
+    require(isinstance(value, kind) and not isinstance(value, bool),
+            f"field {field}: missing, or of another type, in {str(entry)[:60]}")
+    return value
+
+
+def solve_document(exam: Instance) -> dict:
+    """Expected rewards in points; hindsight_se 0: exact; order_regret null: above 7 problems."""
+    best, ahead = solve(exam), hindsight(exam)
+    return {"value": best.value, "open_loop": open_loop(exam).value,
+            "greedy": float(evaluate(exam, greedy_roi(exam))[0, -1]),
+            "hindsight": ahead.value, "hindsight_se": ahead.se, "first_action": best.first_action,
+            "order_regret": order_regret(exam) if len(exam) <= 7 else None}

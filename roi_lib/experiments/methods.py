@@ -2,7 +2,7 @@
 
 import os
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from roi_lib.engines import EngineConfig
+from roi_lib.engines import EngineConfig, LoggedEngine
 from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Environment, Exam, in_orders
 from roi_lib.generation import Engine, Rollout
@@ -66,15 +66,18 @@ class Comparison:
             other for other, method in self.world.methods.items() if method.checkpoint
             and (self.model or method.checkpoint == own.checkpoint) and method.tagged == own.tagged)
 
-    def run(self, name: str) -> dict:
-        """What the log of a method's run is known by."""
-        return {"world": self.world.name, "model": self.checkpoint(name), "seed": self.seed,
-                "tokenizer": self.tokenizer}
-
     def environment(self, name: str) -> Environment:
         """World and tokenizer of a method; a server's chat is charged as the world's."""
         chat = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
         return load_environment(self.world, None if chat else self.checkpoint(name), self.tokenizer)
+
+    def answering(self, name: str, env: Environment, title: str, budget: int) -> LoggedEngine:
+        """The engine of a method's checkpoint, behind its log, TITLE-BUDGET."""
+        model = self.checkpoint(name)
+        run = {"world": self.world.name, "model": model, "seed": self.seed,
+               "tokenizer": self.tokenizer}
+        return self.engine.logged(self.engine.make(model, env.tokenizer, self.world.dtype), title,
+                                  budget, run, len(env.tokenizer))
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Results:
     outcomes: dict[str, Outcomes] = field(default_factory=dict)  # abilities -> what is behind them
     facts: dict = field(default_factory=dict)  # (method, budget) -> more columns of its records
     policies: list[str] = field(default_factory=list)  # methods that are read from the bounds
-    usage: dict = field(default_factory=dict)  # method -> what a server charged (`Usage`)
+    usage: dict = field(default_factory=dict)  # (method, budget) -> what a server charged
 
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
@@ -113,26 +116,26 @@ def find_methods(world: World, names: Sequence[str]) -> list[str]:
     return [name for word in names for name in groups.get(word, [word])]
 
 
-def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
-    """Let one method sit all papers in the comparison's orders under every budget; `ValueError`:
-    unknown method, checkpoint not to be had, a budget too small, or the log of another run."""
-    world, config, method = comparison.world, comparison.engine, comparison.world.method(name)
-    checkpoint, env = comparison.checkpoint(name), comparison.environment(name)
-    env.check_budget(min(budgets))
+def run_method(comparison: Comparison, name: str, budget: int) -> Results:
+    """Let one method sit all papers in the comparison's orders under a budget; `ValueError`:
+    unknown method, checkpoint not to be had, or the log of another run."""
+    method, env = comparison.world.method(name), comparison.environment(name)
     if method.checkpoint is None:
         exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
-        engine = reference_engine(env, exams, budgets, method.style)
-        engines = dict.fromkeys(budgets, engine)
+        engine = reference_engine(env, exams, [budget], method.style)
     else:
-        engine = config.make(checkpoint, env.tokenizer, world.dtype)
-        engines = {budget: config.logged(engine, name, budget, comparison.run(name),
-                                         len(env.tokenizer)) for budget in budgets}
-    run_one = run_knapsack if method.strategy == "knapsack" else run_whole
-    parts = {b: run_one(comparison, method, env, engines[b], b) for b in budgets}
-    table = pd.concat([table for table, _ in parts.values()], ignore_index=True)
+        engine = comparison.answering(name, env, name, budget)
+    if method.strategy == "knapsack":
+        table, facts = run_knapsack(comparison, method, env, engine, budget)
+    else:  # the paper as one exam, which is what a model does by itself
+        table, facts = pd.concat([
+            sit(env, engine, comparison.exams(order), budget, style=method.style,
+                seed=comparison.seed, temperature=comparison.temperature)
+            for order in comparison.orders], ignore_index=True), {}
+    server = getattr(engine, "engine", None)
     return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
-                   facts={(name, budget): facts for budget, (_, facts) in parts.items()},
-                   usage={name: engine.usage} if hasattr(engine, "usage") else {})
+                   facts={(name, budget): facts},
+                   usage={(name, budget): server.usage} if hasattr(server, "usage") else {})
 
 
 def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
@@ -150,24 +153,26 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
     if not 0 <= comparison.temperature < np.inf:
         raise ValueError(f"temperature must be 0 (greedy) or above, not {comparison.temperature}")
     for name in dict(zip(checkpoints, names, strict=True)).values():
-        for budget in (min(budgets), max(budgets)):
-            comparison.environment(name).check_budget(budget)
+        comparison.environment(name).check_budget(*budgets)
     workers = workers or default_workers(comparison, checkpoints)
-    jobs = [(run_method, name, [budget]) for name in sat for budget in budgets]
-    jobs += [(run_abilities, name, budgets) for name in able]
-    policies = [name for name in names if name not in sat]
-    if workers == 1:
-        return replace(Results.join([work(comparison, *rest) for work, *rest in jobs]),
-                       policies=policies)
+    # Each with its size, for the largest are begun first.
+    jobs = [(budget, partial(run_method, comparison, name, budget))
+            for name in sat for budget in budgets]
+    jobs += [(sum(budgets), partial(run_abilities, comparison, name, budgets)) for name in able]
+    parts = [job() for _, job in jobs] if workers == 1 else run_parallel(jobs, workers)
+    return replace(Results.join(parts), policies=[name for name in names if name not in sat])
+
+
+def run_parallel(jobs: Sequence[tuple[int, Callable[[], Results]]], workers: int) -> list[Results]:
+    """What jobs give, each with its size, by so many processes; all end with the first failure."""
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
                                  (max(1, (os.cpu_count() or 1) // workers),)) as pool:
-            running = {i: pool.submit(jobs[i][0], comparison, *jobs[i][1:])
-                       for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][2]))}
+            running = {i: pool.submit(jobs[i][1])
+                       for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0])}
             wait(running.values(), return_when=FIRST_EXCEPTION)
             begun = {i: future for i, future in running.items() if not future.cancel()}
-            return replace(Results.join([begun[i].result() for i in sorted(begun)]),
-                           policies=policies)
+            return [begun[i].result() for i in sorted(begun)]
     except BrokenExecutor as error:
         raise ChildProcessError("a worker process was ended from outside, perhaps for lack of "
                                 "memory; try --workers 1") from error
@@ -183,22 +188,12 @@ def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -
     return min(os.cpu_count() or 1, 4) if pays and small else 1
 
 
-def run_whole(comparison: Comparison, method: Method, env: Environment, engine: Engine,
-              budget: int) -> tuple[pd.DataFrame, dict]:
-    """The paper as one exam, which is what a model does by itself."""
-    return pd.concat([sit(
-        env, engine, comparison.exams(order), budget, style=method.style, seed=comparison.seed,
-        temperature=comparison.temperature) for order in comparison.orders], ignore_index=True), {}
-
-
 def run_abilities(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
     """What the checkpoint of a method can do, tried under the largest budget; and the Score of the
     exact policies and of the rules with these abilities."""
-    world, config, top = comparison.world, comparison.engine, max(budgets)
-    checkpoint, env = comparison.checkpoint(name), comparison.environment(name)
-    engine = config.logged(config.make(checkpoint, env.tokenizer, world.dtype), f"{name}-abilities",
-                           top, comparison.run(name), len(env.tokenizer))
-    style = "roi" if world.method(name).tagged else "direct"
+    env, top = comparison.environment(name), max(budgets)
+    engine = comparison.answering(name, env, f"{name}-abilities", top)
+    style = "roi" if comparison.world.method(name).tagged else "direct"
     outcomes = sample_outcomes(env, engine, comparison.papers, top, comparison.samples, style,
                                comparison.temperature, comparison.seed)
     places = {order: comparison.places(order) for order in comparison.orders}

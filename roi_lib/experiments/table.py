@@ -1,29 +1,36 @@
-"""The main table: records of a comparison, how they are shown, and the rollouts behind them.
+"""Records of a comparison and of a sweep, how they are shown, and the rollouts behind them.
 
 A folder of `exam --save` holds papers.json (`store.papers`), records.csv (`make_records`), tables
 of `sitting` as METHOD.parquet (token ids of the first papers only), and of exact policies and rules
 bounds.parquet (points of `rational.bounds`, to three digits) and METHOD-outcomes.parquet (a row an
 attempt)."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from roi_lib import evaluation
-from roi_lib.experiments.methods import Comparison, Results
+from roi_lib.engines import EngineConfig
+from roi_lib.exams import draw_papers
+from roi_lib.experiments.methods import Comparison, Results, run_methods
+from roi_lib.problems import Problem
 from roi_lib.rational import BOUNDS, Outcomes
 from roi_lib.sitting import points as problems_solved
 from roi_lib.store.checkpoints import model_label
 from roi_lib.store.files import verify_folder, write_csv, write_folder, write_json
 from roi_lib.store.papers import make_paper_list
-from roi_lib.worlds import RULES
+from roi_lib.worlds import RULES, TIERS, World, check_choice
 
+PER_PROBLEM = (1/16, 1/8, 3/16)  # of the world's largest budget, for each problem of a paper
+TIERS_IN_TURN = ("easy", "hard", "medium") * 2  # a paper of n problems holds the first n
+MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium", "hard"),
+         ("medium", "medium", "hard"), ("easy", "hard", "hard"), ("medium", "hard", "hard"))
 TRACED = 100  # papers whose responses are kept token by token
 CELL, CELL_OF_BOUND = ["method", "budget", "order"], ["abilities", "budget", "order"]
 ATTEMPT = ["exam", "problem", "effort", "attempt"]
-LOSSES = ["optimality_gap", "lost_to_order", "lost_to_allocation"]
 
 
 def summarize_policy(rows: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
@@ -35,15 +42,6 @@ def summarize_policy(rows: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> d
         "tokens": float(rows.filter(like="tokens_").sum(axis=1, min_count=1).mean()),
         "skip_rate": float(rows.filter(like="skipped_").mean().mean()),
         "over_budget": 0, "overrun_cut": 0, "failed": 0}
-
-
-def policies_of(name: str, strategy: str, rows: pd.DataFrame) -> dict[str, str]:
-    """Name of a record -> policy of `rational.bounds`: a rule stands for itself, `best_rule` for
-    the best of them in these rows of one cell, `optimal` for the three exact policies."""
-    if strategy == "exact":
-        return {f"{name}_{policy}": policy for policy in BOUNDS}
-    means = rows["points"].groupby(level="policy").mean()
-    return {name: name if name in RULES else means[list(RULES)].idxmax()}
 
 
 def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
@@ -76,7 +74,10 @@ def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
             if own != comparison.abilities(name):
                 continue
             rows, easy = able[own, budget, order], able[own, budget, "easy"]
-            chosen = policies_of(name, world.method(name).strategy, rows)
+            best = rows.loc[list(RULES)]["points"].groupby(level="policy").mean().idxmax()
+            chosen = {f"{name}_{policy}": policy for policy in BOUNDS}
+            if world.method(name).strategy == "rule":  # each stands for itself, but `best_rule`
+                chosen = {name: name if name in RULES else best}
             for method, policy in chosen.items():
                 key = method, budget, order
                 points[key] = rows.loc[policy]["points"].to_numpy()
@@ -94,14 +95,31 @@ def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def brackets(low: float, high: float, form: str = ".3f") -> str:
-    """An interval as text; "--" where there is none."""
-    return "--" if np.isnan(low) else f"[{low:{form}},{high:{form}}]"
+def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
+              pool: Sequence[Problem] | None = None, engine: EngineConfig = Comparison.engine,
+              workers: int | None = None) -> pd.DataFrame:
+    """All settings of a sweep, each with its papers and its log folder: `make_records` with
+    three more columns, sweep, x (the setting) and tiers. The more `problems`, the more budget."""
+    top, tables = max(world.budgets), []
+    sweeps = {  # (x, tiers of a paper, budgets, temperature) of each setting
+        "problems": [(n, TIERS_IN_TURN[:n], tuple(round(top * n * share) for share in PER_PROBLEM),
+                      1.0) for n in (2, 4, 5, 6)],
+        "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
+        "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
+    check_choice("sweep", sweep, sweeps)
+    for i, (x, tiers, budgets, temperature) in enumerate(sweeps[sweep]):
+        papers = draw_papers(world, n_exams, seed=seed, pool=pool, tiers=tiers)
+        here = replace(engine, log=engine.log / f"{sweep}-{i}") if engine.log else engine
+        comparison = Comparison(world, papers, seed, temperature, engine=here)
+        records = make_records(comparison, run_methods(comparison, methods, budgets, workers))
+        tables.append(records.assign(sweep=sweep, tiers="-".join(tiers), x=x))
+    return pd.concat(tables, ignore_index=True).round(6)
 
 
 def with_brackets(records: pd.DataFrame, name: str, form: str = ".3f") -> list[str]:
-    """A number of each record with its interval, as text."""
-    return ["--" if np.isnan(value) else f"{value:{form}} {brackets(low, high, form)}"
+    """A number of each record with its interval, as text; "--" where there is none."""
+    return ["--" if np.isnan(value) else f"{value:{form}} --" if np.isnan(low) else
+            f"{value:{form}} [{low:{form}},{high:{form}}]"
             for value, low, high in records[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)]
 
 
@@ -121,23 +139,13 @@ def show_details(records: pd.DataFrame) -> str:
     """All records as text: Scores and Regrets; accuracy by position; what is lost to whom; how the
     methods differ from the first one. Every number with its 95 % interval."""
     positions = [c for c in records.columns if c.removeprefix("accuracy_").isdigit()]
-    texts = []
-    for names in (["score", "regret"], positions, LOSSES, ["difference"]):
+    losses, texts = ["optimality_gap", "lost_to_order", "lost_to_allocation"], []
+    for names in (["score", "regret"], positions, losses, ["difference"]):
         if set(names) <= set(records):
             rows = records.dropna(subset=names)
             block = rows[CELL].assign(**{name: with_brackets(rows, name) for name in names})
             texts.append(block.to_string(index=False))
     return "\n\n".join(texts)
-
-
-def outcomes_frame(outcomes: Outcomes) -> pd.DataFrame:
-    """A row an attempt, by exam, problem, effort and attempt; `load_outcomes` reads it."""
-    shape = outcomes.cost.shape
-    index = pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)
-    words = {name: np.broadcast_to(getattr(outcomes, name)[..., None, None], shape).ravel()
-             for name in ("statement", "tier")}
-    return pd.DataFrame({"cost": outcomes.cost.ravel(), "correct": outcomes.correct.ravel(),
-                         **words, "skip": outcomes.skip}, index).reset_index()
 
 
 def save_comparison(folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
@@ -150,7 +158,13 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
         tables = dict(iter(results.table.drop(columns="problem").groupby("method", sort=False))
                       ) if len(results.table) else {}
         for name, some in results.outcomes.items():
-            tables[f"{name}-outcomes"] = outcomes_frame(some)
+            shape = some.cost.shape
+            words = {column: np.broadcast_to(getattr(some, column)[..., None, None], shape).ravel()
+                     for column in ("statement", "tier")}
+            tables[f"{name}-outcomes"] = pd.DataFrame(
+                {"cost": some.cost.ravel(), "correct": some.correct.ravel(), **words,
+                 "skip": some.skip},
+                pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()
         if len(results.bounds):
             tables["bounds"] = results.bounds[["points"]].astype(np.float32).round(3).reset_index()
         for name, table in tables.items():

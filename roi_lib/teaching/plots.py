@@ -93,29 +93,27 @@ def lines(*panels, columns=2, height=3.2, **shared):
     return fig
 
 
-def bars(labels, series, xlabel, ylabel, title="", stacked=False):
-    """Bars side by side, or stacked to at most 1: {name: numbers, or three: value, low, high}."""
+def bars(labels, series, xlabel, ylabel, title=""):
+    """Bars side by side: {name: numbers, or three: value, low, high}."""
     fig, ax = plt.subplots()
-    place, bottom, n = np.arange(len(labels)), 0.0, 1 if stacked else len(series)
+    place, n = np.arange(len(labels)), len(series)
     for j, (name, y) in enumerate(series.items()):
         label, color, _, _, hatch = method_look(name, j)
         y, *ends = np.atleast_2d(np.asarray(y, float))
-        ax.bar(place + (j % n - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, bottom, label=label, capsize=3,
-               yerr=np.abs(ends - y) if ends else None, color=color, hatch=hatch, edgecolor="white")
-        bottom = bottom + y if stacked else 0.0
+        ax.bar(place + (j - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, label=label, capsize=3, hatch=hatch,
+               yerr=np.abs(ends - y) if ends else None, color=color, edgecolor="white")
     ax.set_xticks(place, labels)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, 1 if stacked else None))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
     ax.grid(axis="x", visible=False)
     fig.legend(**ABOVE)
     return fig
 
 
-def ranges(panels, xlabel, columns=1, lines=None, log=False):
+def ranges(panels, xlabel, lines=None, log=False):
     """Values with intervals, {title of a panel: {label: (low, value, high)}}; of five numbers, as
     of percentiles, the inner ones are a bar. `lines` {label: x} are dashed, `log` is base 2."""
-    rows, n = len(panels) // columns, max(map(len, panels.values()))
-    fig, axes = plt.subplots(rows, columns, squeeze=False, sharex=columns == 1, sharey=columns > 1,
-                             figsize=(WIDTH, 0.6 + rows * (0.5 + 0.35 * n)))
+    height = 0.6 + len(panels) * (0.5 + 0.35 * max(map(len, panels.values())))
+    fig, axes = plt.subplots(len(panels), squeeze=False, sharex=True, figsize=(WIDTH, height))
     for ax, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for y, row in enumerate(values.values()):
             ax.plot([row[0], row[-1]], [y, y], color=COLORS[0], linewidth=1.5)
@@ -129,7 +127,7 @@ def ranges(panels, xlabel, columns=1, lines=None, log=False):
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:g}")
         _rows(ax, values, title)
-    plt.setp(axes[-1], xlabel=xlabel)
+    ax.set(xlabel=xlabel)
     return fig
 
 
@@ -306,7 +304,7 @@ def level_errors(table):
     return fig
 
 
-def confusion_matrix(counts, title=""):
+def confusion_matrix(counts):
     """Counts [predicted, real level], and shares of each row (shaded in rows of 20 or more)."""
     counts, total = np.asarray(counts), np.sum(counts, axis=1, keepdims=True)
     shares = counts / np.maximum(total, 1)
@@ -316,7 +314,7 @@ def confusion_matrix(counts, title=""):
         ax.text(j, i, f"{n:,}\n{shares[i, j]:.0%}", ha="center", va="center")
     ax.set_xticks(range(len(counts)), [f"Level-{k}" for k in range(len(counts))])
     ax.set_yticks(range(len(counts)), [f"Level-{k}\n({n:,})" for k, n in enumerate(total[:, 0])])
-    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)", title=title)
+    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)")
     ax.grid(visible=False)
     return fig
 

@@ -28,8 +28,7 @@ def load_start(world: World, checkpoint: str, out: Path,
     one of the `budgets`."""
     files.check_replaceable(out)
     env = checkpoints.load_environment(world, checkpoint)
-    for budget in (min(budgets), max(budgets)):
-        env.check_budget(budget)
+    env.check_budget(*budgets)
     model = checkpoints.load_model(checkpoint, "float32")
     checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
     checkpoints.check_saveable(model)
@@ -40,7 +39,8 @@ def load_start(world: World, checkpoint: str, out: Path,
 def run_folder(work: Path, recipe, world: World, **start) -> Iterator[None]:
     """Keep `work` to this process, and write down there what the run is, its recipe and `start`;
     `ValueError`: it holds another run, or another process is at it."""
-    with files.folder_lock(work):
+    work.mkdir(parents=True, exist_ok=True)
+    with files.lock(work):
         run = json.loads(json.dumps(asdict(recipe) | {"world": world.name} | start))
         path = work / "recipe.json"
         found = files.read_json(path) if path.exists() else run

@@ -1,6 +1,5 @@
 """MFT from a checkpoint to a checkpoint (paper, section on MFT), with TRL's SFTTrainer."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from roi_lib import mft
-from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
-from roi_lib.evaluation import confusion, rates
+from roi_lib.engines import EngineConfig, LoggedEngine, RunLog, engine_for
+from roi_lib.evaluation import rates
 from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import Engine
 from roi_lib.sitting import sit
@@ -44,12 +43,17 @@ def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
 
 
 def introduce_tags(env: Environment, model) -> None:
-    """Let the tags' own tokens begin as words that stand in like places (`World.tag_words`): the
-    base has never met them, and behind a vector that it does not know it solves nothing."""
+    """Let the tags' own tokens begin as words that stand in like places (`World.tag_words`): what
+    the base has never met has become one and the same vector, and no level could be told from
+    another. All other embeddings stay: numbers keep their place among their neighbours, so what is
+    learned under some budgets holds under those between."""
     embeddings, place = model.get_input_embeddings().weight, env.tokenizer.convert_tokens_to_ids
+    learned = torch.zeros(len(embeddings), 1)
     with torch.no_grad():
         for new, known in env.world.tag_words.items() if env.level_ids else ():
-            embeddings[place(new)] = embeddings[place(known)]
+            embeddings[place(new)], learned[place(new)] = embeddings[place(known)], 1
+    if learned.any():
+        embeddings.register_hook(lambda gradient: gradient * learned)
 
 
 class TagTrainer(SFTTrainer):
@@ -149,9 +153,6 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
                     env.world.largest_budget))
     before = sit(env, base, exams, ample, seed=seed)
     after = sit(env, tagged, exams, ample, style="roi", seed=seed)
-    if (after["predicted"] < 0).all():
-        warnings.warn(f"not one of {len(exams)} responses holds a closed level tag; is this a "
-                      "model that MFT has trained?", stacklevel=2)
     problems = [problem for exam in exams for problem in exam.problems]
     samples = mft.rejection_sample(env, base, problems, k, seed)
     targets = [mft.align(env.world, *pair) for pair in zip(problems, samples, strict=True)]
@@ -160,6 +161,7 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
         base=before["correct"], hit=(after["predicted"] == after["real"]).where(tries),
         refused=[t.skip for t in targets], solve_rate=[t.solve_rate for t in targets])
     tiers = {tier: after[after["tier"] == tier] for tier in TIERS}
+    tags, levels = after[tries & (after["predicted"] >= 0)], range(env.world.skip_level + 1)
 
     def share(values: pd.Series) -> float | None:
         return round(float(values.mean()), 4) if values.count() else None
@@ -172,7 +174,8 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
                             for tier, own in tiers.items()},
         "skip_rate": {tier: share(own["skipped"]) for tier, own in tiers.items()},
         "refused": {tier: share(own["refused"]) for tier, own in tiers.items()},
-        "confusion": confusion(after[tries], env.world.skip_level + 1).tolist(),
+        "confusion": pd.crosstab(tags["predicted"], tags["real"]).reindex(
+            index=levels, columns=levels, fill_value=0).to_numpy().tolist(),
         "false_skips": share(after.loc[after["skipped"], "solve_rate"]),
         "missed_skips": share(after.loc[tries, "refused"])}
 
@@ -207,7 +210,7 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
                          pool=load_pool(world, "test", root)) if recipe.card_papers else []
     start = model_hash(checkpoint)
     with common.run_folder(work, recipe, world, model=start):
-        base = make_engine(engine, checkpoint, env.tokenizer)  # in the dtype it was trained in
+        base = EngineConfig(engine).make(checkpoint, env.tokenizer, "auto")  # its own dtype
         log = RunLog(work / "samples.jsonl", {"world": world.name, "model": start, "method":
                                               "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)

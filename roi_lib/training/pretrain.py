@@ -39,12 +39,8 @@ def sample_row(env: Environment, recipe: PretrainRecipe, rng: random.Random) -> 
                          for tier in tiers)
         style = rng.choices(*zip(*recipe.styles, strict=True))[0]
         budget = rng.randint(32, MAX_NUMBER)
-        # Under Least-to-Most, and there alone, hard problems are given up where the budget does not
-        # pay for all that the rating promises: so the base has learned to read its budget.
-        rated = sum(env.world.centroids[TIERS.index(tier)] for tier in tiers)
-        skip = [style == "least_to_most" and t == "hard" and rated > budget for t in tiers]
         prompt = list(env.prompt(Exam(problems, "medium"), budget, style))
-        words = reference_response(env.world, problems, style, skip,
+        words = reference_response(env.world, problems, style, (), budget,
                                    lambda text, b=budget: max(b - len(env.encode(text)), 0))
         response = [*env.encode(words), env.tokenizer.eos_token_id]
         if len(prompt + response) <= recipe.longest_row:
@@ -139,9 +135,8 @@ def count_errors(env: Environment, table: pd.DataFrame) -> pd.Series:
         left = rows["budget"] - (rows["cost"].cumsum() - rows["cost"])
         segments = env.parse(rows["ids"].iloc[0], len(rows)).segments
         for position, tokens, segment in zip(rows["position"], left, segments, strict=True):
-            if note := re.search(r"\(([\d ]+)\)", segment.text):
-                noted = int(note[1].replace(" ", ""))
-                errors.append({"position": position, "off": abs(noted - max(tokens, 0))})
+            if note := re.search(r"\((\d+)\)", segment.text):
+                errors.append({"position": position, "off": abs(int(note[1]) - max(tokens, 0))})
     return pd.DataFrame(errors, columns=["position", "off"]).groupby("position")["off"].median()
 
 
@@ -180,8 +175,8 @@ are left: median error, by position in the paper and by budget, of {COUNTED} pap
 ```
 
 **Hard problems skipped** under the Least-to-Most prompt, by budget. The rows that it was trained on
-give them up where the rated costs exceed the budget; a base that does not read its budget skips as
-often under a small one as under a large one.
+compare the rated costs, 160 in a paper of three tiers, with the budget, and give hard problems up
+where they exceed it; a base that does not read its budget skips as often under any.
 
 ```
 {pd.Series(skips, name="skipped").round(3).to_frame().T.to_string()}

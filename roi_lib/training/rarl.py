@@ -96,6 +96,7 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
     there goes on. `on_step` gets each row of the log. `ValueError`: see
     `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or gradient."""
     model.eval()  # dropout would put sampler and trainer out of step
+    model.get_input_embeddings().requires_grad_(False)  # numbers keep their neighbours
     with common.run_folder(work, recipe, env.world, start=checkpoints.weights_hash(model)):
         optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
         state = newest_complete(work)
@@ -104,6 +105,8 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
         log = common.TrainingLog(work, list(COLUMNS), first)
         bar = tqdm(range(first, recipe.steps), "RARL", recipe.steps, initial=first, unit="step")
         for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * (1 - step / recipe.steps)
             table, learned = train_step(env, model, engine, optimizer, recipe, step, pool)
             gap, done = math.nan, step + 1
             if step % recipe.log_every == 0:

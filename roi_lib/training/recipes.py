@@ -20,9 +20,9 @@ class PretrainRecipe:
     hold: float = 0.4  # share of the steps before linear decay sets in
     alone: float = 0.5  # share of rows with a single problem
     styles: tuple[tuple[str, float], ...] = (  # (prompting style, share of rows)
-        ("direct", 0.34), ("rated", 0.07), ("counted", 0.09), ("brief", 0.17),
+        ("direct", 0.30), ("rated", 0.06), ("counted", 0.08), ("brief", 0.22),
         ("rated_brief", 0.05), ("counted_brief", 0.05), ("at_once", 0.04),
-        ("plan_and_solve", 0.06), ("least_to_most", 0.13))
+        ("plan_and_solve", 0.06), ("least_to_most", 0.14))
     longest_row: int = 512  # in tokens; longer ones are drawn again
     rows_at_once: int = 2_048  # rows sorted by length at a time
     log_every: int = 25  # steps between rows of the log

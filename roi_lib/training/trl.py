@@ -45,7 +45,7 @@ def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
         max_completion_length=max(recipe.budgets),  # the constant normaliser
         beta=0.0, mask_truncated_completions=False,  # a response cut by the budget must count
         temperature=recipe.temperature, top_p=1.0, top_k=0, weight_decay=0.0,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="constant",
+        learning_rate=recipe.learning_rate, lr_scheduler_type="linear",
         max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16, ddp_find_unused_parameters=False,
         gradient_checkpointing=trl.checkpointing, logging_steps=1, disable_tqdm=True,
         logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
@@ -144,6 +144,7 @@ def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=N
     def exam_reward(reward, **kwargs) -> list[float | None]:
         return reward  # which the rollouts brought along
 
+    model.get_input_embeddings().requires_grad_(False)  # as LoRA does, and as in `training.rarl`
     rollouts = ExamRollouts(env, recipe, pool)
     prompts = [m for step in range(recipe.steps) for m in rollouts.step(step)[2]]
     trainer = GRPOTrainer(
