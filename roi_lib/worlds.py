@@ -194,11 +194,14 @@ def standard_methods(base: str, mft: str, rarl: str) -> dict[str, Method]:
 _BUDGET = "\n{problems}\nBudget: {budget} tokens."
 #: Budgets of training. Some in between are left out: what is done under them was never learned.
 TRAINED = tuple(b for b in range(40, 257) if b not in (72, 144, 208))
+#: Of those, RARL's grow in equal ratios: a token decides most where there are few of them.
+GEOMETRIC = tuple(sorted({round(40 * 6.4 ** (i / 149)) for i in range(150)} & {*TRAINED}))
 POCKET = World(
     name="pocket",
     budgets=(64, 128, 256),
-    level_edges=(32, 64, 128),
-    centroids=(16, 48, 96),
+    # The first lies between what easy and medium problems cost in brief and in full.
+    level_edges=(24, 64, 128),
+    centroids=(16, 40, 88),
     families={"easy": ("marbles", "shelves"), "medium": ("tram", "market"),
               "hard": ("residues", "rounds")},
     header="Q{i}.",
@@ -223,13 +226,13 @@ POCKET = World(
     methods=standard_methods("pocket-base", "pocket-mft", "pocket-rarl"),
     mft=MFTRecipe(
         problems=1_200, styles=("direct", "brief"), samples=4, target="any",
-        exams=14_000, combinations=30, budgets=TRAINED,
+        exams=14_000, combinations=100, budgets=TRAINED,
         sizes=((2, 2), (3, 8), (4, 2), (5, 2)), rows=32, rows_at_once=8,
         learning_rate=2.5e-3, muon_rate=0.006, tag_weight=5.0, max_length=1_024,
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
-        steps=150, exams=20, rollouts=12, budgets=TRAINED, budget_for="exam", learning_rate=2e-4,
+        steps=340, exams=20, rollouts=12, budgets=GEOMETRIC, budget_for="exam", learning_rate=6e-4,
         orders=(("hard", 0.4), ("medium", 0.4), ("easy", 0.2)),
         sizes=((2, 1.0), (3, 4.0), (4, 1.0), (5, 1.0))),
     tag_words={TAG_OPEN: "(", TAG_CLOSE: ")", "Level-0": "easy", "Level-1": "medium",

@@ -9,6 +9,9 @@ from roi_lib.generation import Engine, Request, Stream, within_budget
 from roi_lib.problems import Problem
 from roi_lib.worlds import TIERS, World
 
+#: What a problem of a tier costs about, in tokens, for who rates a whole exam (Least-to-Most).
+TIER_COSTS = dict(zip(TIERS, (16, 48, 96), strict=True))
+
 
 def reference_response(world: World, problems: Sequence[Problem], style: str = "direct",
                        skip: Sequence[bool] = (), budget: int | None = None,
@@ -28,7 +31,7 @@ def reference_response(world: World, problems: Sequence[Problem], style: str = "
         notes = [f"{h.strip('#. ')} {word}" for h, word in zip(headers, words, strict=True)]
         parts.append(f"{title}: {'; '.join(notes)}.")
     if style == "least_to_most" and budget is not None:
-        cost = sum(world.centroids[TIERS.index(p.tier)] for p in problems)
+        cost = sum(TIER_COSTS[p.tier] for p in problems)
         parts[0] += f" {cost} {'<=>'[(cost > budget) - (cost < budget) + 1]} {budget}."
         skip = [cost > budget and p.tier == TIERS[-1] for p in problems]
     for header, p, skipped in zip_longest(headers, problems, skip, fillvalue=False):
