@@ -300,7 +300,7 @@ def commands(world: World) -> tyro.extras.SubcommandApp:
     start = PretrainRecipe()
     for command, recipe in ((pretrain, start), (mft, world.mft), (rarl, world.rarl)):
         train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
-    train.command(partial(ablations, recipe=replace(world.rarl, steps=120, exams=8),
+    train.command(partial(ablations, recipe=replace(world.rarl, steps=80, exams=8),
                           stage=replace(stage, papers=400)), name="ablations")
     for command in (exam, sweep, osmckp, bench, diagnose, counterfactuals, doctor):
         app.command(command)

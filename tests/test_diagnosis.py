@@ -35,8 +35,11 @@ def log(folder, rows=40, **changes):
     ("skipping died out", "from 0.18 to 0.000", {"skip_hard": (0.25, 0.0)}),
     ("rate too high", "fell from 0.9", {"accuracy": (0.97, 0.7), "score": (0.9, 0.6)}),
     ("sampler out of step", "0.080 nats", {"logprob_gap": (1e-6, 0.08)}),
-    ("budgets not told apart", "skip_small 0.50, skip_large 0.45: one rule for all",
-     {"skip_small": (0.2, 0.5), "skip_large": (0.2, 0.45)}),
+    ("budgets not told apart", "skip_large 0.45, level_small 1.00, level_large 1.10",
+     {"skip_small": (0.2, 0.5), "skip_large": (0.2, 0.45), "level_small": 1.0,
+      "level_large": (1.3, 1.1)}),
+    ("budgets not told apart", "level_small nan", {  # everything is skipped
+        "skip_small": 1.0, "skip_large": 1.0, "level_small": np.nan, "level_large": np.nan}),
     ("no choice left", "level_entropy 0.004 nats", {"level_entropy": (0.5, 0.004)}),
     ("rate too high, skipping died out", "from 0.1", {  # the collapse of a high rate
         "accuracy": (0.97, 0.78), "score": (0.9, 0.7), "skip_hard": (0.2, 0.0)})])
@@ -51,7 +54,8 @@ def test_the_shipped_run_is_a_healthy_one():
 
 
 def test_healthy_logs_have_no_findings_and_bad_ones_are_refused(tmp_path, refusal):
-    for healthy in ({}, {"rows": 1}, {"logprob_gap": np.nan}):
+    effort = {"skip_small": 0.0, "skip_large": 0.0, "level_small": 0.8, "level_large": 1.3}
+    for healthy in ({}, {"rows": 1}, {"logprob_gap": np.nan}, effort):
         assert diagnose(log(tmp_path, **healthy)) == []
     assert "no known cause fits" in report([])
     path = log(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from roi_lib.engines import EngineConfig
 from roi_lib.exams import draw_papers, tag
 from roi_lib.experiments import methods
-from roi_lib.experiments.methods import Comparison, find_methods, run_method, run_methods
+from roi_lib.experiments.methods import Comparison, alone, find_methods, run_method, run_methods
 from roi_lib.generation import Engine, Rollout, within_budget
 from roi_lib.rational import BOUNDS
 from roi_lib.worlds import ORDERS, POCKET, RULES, Method
@@ -103,15 +103,16 @@ def test_workers_change_nothing_and_repetitions_neither(small_world):
     assert not len(run_methods(comparison, ["base"], [16], 1).bounds), "nobody asked"
 
 
-def test_abilities_are_those_of_a_checkpoint_with_or_without_tags():
+def test_abilities_are_those_of_a_checkpoint_that_answers_in_that_way():
     comparison = Comparison(POCKET, PAPERS)
     found = {name: comparison.abilities(name) for name in POCKET.methods}
-    plain = dict.fromkeys(("base", "brief", "plan_and_solve", "least_to_most"), "base")
+    plain = dict.fromkeys(("base", "plan_and_solve", "least_to_most"), "base")
     mft = dict.fromkeys(("mft", "mft_greedy_knapsack", "mft_greedy_knapsack_charged"), "mft")
-    assert found == {"replay": "replay"} | plain | mft | dict.fromkeys(
+    assert found == {"replay": "replay", "brief": "brief"} | plain | mft | dict.fromkeys(
         ("rarl", *RULES, "best_rule", "optimal"), "rarl")
     own = replace(comparison, model="some/model")  # for all methods, and so only style tells
     assert {own.abilities(name) for name in plain} == {"base"}
+    assert own.abilities("brief") == "brief" == alone(POCKET.method("brief")), "as it answers"
     assert {own.abilities(name) for name in (*mft, "rarl", "optimal")} == {"mft"}
 
 

@@ -54,8 +54,10 @@ def diagnose(log: Path) -> list[Finding]:
          f"{level}, with score {last.score:.2f} and {reward}",
          "start from an MFT checkpoint, with the prompting style that it was trained on; check the "
          "level edges against the costs, tag included"),
-        (last.skip_small - last.skip_large < 0.1, "budgets not told apart",
-         f"skip_small {last.skip_small:.2f}, skip_large {last.skip_large:.2f}: one rule for all",
+        (last.skip_small - last.skip_large < 0.1 and not last.level_large - last.level_small >= 0.2,
+         "budgets not told apart", "one rule for all: " + ", ".join(
+             f"{name} {last[name]:.2f}" for name in (
+                 "skip_small", "skip_large", "level_small", "level_large")),
          "draw a budget for each exam (budget_for exam), and start from an MFT whose rows were "
          "chosen under their budgets (combinations); state the budget last, as one number"),
         (last.level_entropy < 0.01, "no choice left",

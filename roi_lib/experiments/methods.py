@@ -59,12 +59,12 @@ class Comparison:
         return own
 
     def abilities(self, name: str) -> str:
-        """The first method with the checkpoint of this one, and with tags if it has: it stands for
-        what the two can do, and so for bounds and rules with their abilities."""
+        """The first method with the checkpoint of this one that answers alone as it does (with
+        tags, in brief): it stands for what the two can do, and so for their bounds and rules."""
         own = self.world.method(name)
         return name if own.checkpoint is None else next(
             other for other, method in self.world.methods.items() if method.checkpoint
-            and (self.model or method.checkpoint == own.checkpoint) and method.tagged == own.tagged)
+            and (self.model or method.checkpoint == own.checkpoint) and alone(method) == alone(own))
 
     def environment(self, name: str) -> Environment:
         """World and tokenizer of a method; a server's chat is charged as the world's."""
@@ -188,14 +188,19 @@ def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -
     return min(os.cpu_count() or 1, 4) if pays and small else 1
 
 
+def alone(method: Method) -> str:
+    """The style in which a method answers one problem alone: there is nothing to plan or rate."""
+    return method.style if method.style in ("roi", "brief") else "direct"
+
+
 def run_abilities(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
     """What the checkpoint of a method can do, tried under the largest budget; and the Score of the
     exact policies and of the rules with these abilities."""
     env, top = comparison.environment(name), max(budgets)
     engine = comparison.answering(name, env, f"{name}-abilities", top)
-    style = "roi" if comparison.world.method(name).tagged else "direct"
-    outcomes = sample_outcomes(env, engine, comparison.papers, top, comparison.samples, style,
-                               comparison.temperature, comparison.seed)
+    outcomes = sample_outcomes(env, engine, comparison.papers, top, comparison.samples,
+                               alone(comparison.world.method(name)), comparison.temperature,
+                               comparison.seed)
     places = {order: comparison.places(order) for order in comparison.orders}
     found = pd.concat({name: bounds(outcomes, places, budgets)}, names=["abilities"])
     return Results(pd.DataFrame(), found, {name: outcomes})

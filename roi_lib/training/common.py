@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +163,7 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, documents: d
 
 **Made by** {made}, {minutes:.1f} minutes on {torch.get_num_threads()} threads (`log.csv`). Recipe:
 ```json
-{json.dumps(asdict(recipe), indent=1)}
+{textwrap.fill(json.dumps(asdict(recipe)), 99, break_long_words=False, break_on_hyphens=False)}
 ```
 
 {measured}
