@@ -108,8 +108,7 @@ class RARLRecipe:
     # (number of problems, weight) of the exams
     sizes: tuple[tuple[int, float], ...] = ((3, 1.0),)
     temperature: float = 1.0  # of sampling, and of the log-probabilities
-    # level: right answer and right level (the paper's); answer: right answer; skip_bonus: as
-    # level, and skip_bonus points for a right skip
+    # level: right answer and level (the paper's); answer: alone; skip_bonus: a right skip, too
     reward: str = "level"
     skip_bonus: float = 0.1  # see reward
     scale: str = "none"  # none as in Dr. GRPO; std: divide by the group's deviation, as GRPO
@@ -192,9 +191,8 @@ def standard_methods(base: str, mft: str, rarl: str) -> dict[str, Method]:
 #: One number, which the base knows from calculations, and the last thing said, since the first
 #: decision follows soon: so what is learned of some budgets carries over to others.
 _BUDGET = "\n{problems}\nBudget: {budget} tokens."
-#: Budgets of training. Some in between are left out: what is done under them was never learned.
+#: Budgets of training, without some in between; in equal ratios, for few tokens matter most (RARL).
 TRAINED = tuple(b for b in range(40, 257) if b not in (72, 144, 208))
-#: Of those, RARL's grow in equal ratios: a token decides most where there are few of them.
 GEOMETRIC = tuple(sorted({round(40 * 6.4 ** (i / 149)) for i in range(150)} & {*TRAINED}))
 POCKET = World(
     name="pocket",
