@@ -3,11 +3,9 @@
 Example: python -m roi_lib exam --methods base,mft,rarl --budgets 64,128"""
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +14,7 @@ import tyro
 from roi_lib import worlds
 from roi_lib.exams import draw_papers
 from roi_lib.problems import SPLITS
-from roi_lib.store import files, instances, papers, sources
+from roi_lib.store import files, papers, sources
 from roi_lib.training.recipes import PretrainRecipe
 from roi_lib.worlds import ORDERS, World, check_choice, get_world
 
@@ -62,7 +60,7 @@ class ExamRun(Run):
     temperature: float = 1.0  # of sampling; 0 is greedy
     problems_per_exam: int = 3  # problems a paper, tiers in turn
     tiers: tuple[str, ...] = ()  # a tier a problem instead. Example: easy,hard,hard
-    samples: int = 4  # attempts a problem behind the method rational, a multiple of 4
+    samples: int = 4  # attempts a problem and effort behind bounds and rules, a multiple of 4
     model: str | None = None  # folder, hub id or id@revision for all methods
     tokenizer: str | None = None  # folder or hub id, where it is not the checkpoint's own
     problems: Path | None = None  # your own: JSON Lines of {"problem", "answer", "tier"}
@@ -81,14 +79,7 @@ class ExamRun(Run):
     details: bool = False  # print every order with all its intervals
     out: Path | None = None  # CSV file for the records
     save: Path | None = None  # folder for records and rollouts, small enough to keep
-    plot: Path | None = None  # PNG: earned and lost; without rational, where the tokens went
-
-
-def check_writable(**options: Path | None) -> None:
-    """Refuse output files that cannot be written, or are not ours, before the work starts."""
-    for name, path in options.items():
-        if path:
-            files.check_file(path, f"--{name.replace('_', '-')}")
+    plot: Path | None = None  # PNG: earned and lost; without bounds, where the tokens went
 
 
 def exam_papers(args: ExamRun, world: World):
@@ -118,9 +109,12 @@ def engine_of(args: Run, world: World):
 def exam(args: Omit[ExamRun]) -> None:
     """Let methods take exams under hard token budgets, and compare them.
 
-    Example: python -m roi_lib exam --methods base,mft,rarl,rational --budgets 64,128"""
+    Example: python -m roi_lib exam --methods base,mft,rarl,best_rule,optimal"""
     from roi_lib.experiments import methods, table
-    check_writable(out=args.out, write_papers=args.write_papers, plot=args.plot)
+    for path, option in ((args.out, "--out"), (args.write_papers, "--write-papers"),
+                         (args.plot, "--plot")):
+        if path:
+            files.check_file(path, option)
     for order in args.orders:
         check_choice("order", order, ORDERS)
     if args.save:
@@ -148,7 +142,7 @@ def exam(args: Omit[ExamRun]) -> None:
         plots.use_style()
         first = records[records["method"] == records["method"].iloc[0]]
         figure = (plots.score_split(records, int(records["budget"].min()))
-                  if "rational" in records else plots.tokens_by_position(first))
+                  if "bound_statement" in records else plots.tokens_by_position(first))
         figure.savefig(args.plot, format="png", metadata={"Software": "roi_lib"})
     wrote = [str(path) for path in (args.write_papers, args.out, args.save, args.plot) if path]
     print("wrote " + ", ".join(wrote) if wrote else "--out, --save and --plot write all of it")
@@ -157,8 +151,8 @@ def exam(args: Omit[ExamRun]) -> None:
 def report(args: ExamRun, results, n_exams: int) -> None:
     """What a server charged, what failed, and why there are no intervals. `ValueError`: all of it
     failed, so there is no Score."""
-    for method, usage in results.usage.items():
-        print(f"{method}: {usage.report(*args.price)}")
+    for (method, budget), usage in results.usage.items():
+        print(f"{method}, {budget} tokens: {usage.report(*args.price)}")
     if n_exams == 1:
         print("note: one exam has no interval; give --exams 2 at least", file=sys.stderr)
     rows = results.table[results.table["position"] == 1] if len(results.table) else results.table
@@ -171,24 +165,25 @@ def report(args: ExamRun, results, n_exams: int) -> None:
 
 
 def sweep(what: Positional[str], out: Path, args: Omit[Run]) -> None:
-    """Compare methods along one thing: budget, problems, mix or temperature; into a CSV file.
+    """Compare methods along one thing: problems, mix or temperature; into a CSV file.
 
-    Example: python -m roi_lib sweep budget --methods base,mft,rarl --out budgets.csv"""
-    from roi_lib.experiments import methods, sweeps
-    check_writable(out=out)
+    Example: python -m roi_lib sweep problems --methods base,mft,rarl --out problems.csv"""
+    from roi_lib.experiments import methods, table
+    files.check_file(out)
     world = get_world(args.world)
-    table = sweeps.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
-                             args.seed, sources.load_pool(world, "test", args.data),
-                             engine_of(args, world), args.workers)
-    files.write_csv(out, table)
-    print(f"wrote {out}: {len(table)} rows")
+    found = table.run_sweep(world, what, methods.find_methods(world, args.methods), args.exams,
+                            args.seed, sources.load_pool(world, "test", args.data),
+                            engine_of(args, world), args.workers)
+    files.write_csv(out, found)
+    print(f"wrote {out}: {len(found)} rows")
 
 
 def osmckp(instance: Positional[Path]) -> None:
     """Solve one instance of OS-MCKP exactly, from a JSON file.
 
     Example: python -m roi_lib osmckp INSTANCE.json"""
-    print(json.dumps(instances.solve_document(instances.read_instance(instance)), indent=1))
+    from roi_lib.experiments import knapsack
+    print(json.dumps(knapsack.solve_document(knapsack.read_instance(instance)), indent=1))
 
 
 def diagnose(log: Positional[Path]) -> None:
@@ -199,15 +194,15 @@ def diagnose(log: Positional[Path]) -> None:
     print(diagnosis.report(diagnosis.diagnose(log)))
 
 
-def snapshots(out: Path, work: tuple[Path, ...] = (Path("runs/rarl"),), world: str = "pocket",
-              papers: int = 200, seed: int = 1, data: Path | None = None) -> None:
-    """Look at the models that a run of RARL kept: when did it learn to skip?
+def counterfactuals(out: Path, models: tuple[str, ...] = ("mft", "rarl"), world: str = "pocket",
+                    papers: int = 400, seed: int = 1, samples: int = 8) -> None:
+    """The same papers with one thing changed: do models (methods, or NAME=FOLDER) do otherwise?
 
-    Example: python -m roi_lib snapshots --work runs/rarl --out snapshots.json"""
-    from roi_lib.experiments.snapshots import snapshot_report
-    check_writable(out=out)
-    pool = sources.load_pool(get_world(world), "test", data)
-    files.write_json(out, snapshot_report(get_world(world), work, papers, seed, pool))
+    Example: python -m roi_lib counterfactuals --models mft,rarl --out counterfactuals.csv"""
+    from roi_lib.experiments import counterfactuals
+    files.check_file(out)
+    files.write_csv(out, counterfactuals.compare(get_world(world), models, papers, seed, samples))
+    print(f"wrote {out}")
 
 
 def doctor() -> None:
@@ -279,7 +274,6 @@ def ablations(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage], variants: tup
     Example: python -m roi_lib train ablations --variants reference,grpo --out runs/two.csv"""
     from roi_lib.experiments.ablations import ablate
     world, out = get_world(stage.world), stage.out or Path("data/ablations.csv")
-    check_writable(out=out)
     ablate(world, recipe, stage.folders("ablations")[1], out, variants, stage.papers, jobs, threads,
            tuple(sources.load_pool(world, split, stage.data) for split in SPLITS))
     print(f"wrote {out}")
@@ -290,24 +284,13 @@ def bench(what: Positional[Literal["osmckp", "generation", "rarl"]],
     """Measure side by side: scipy's milp; transformers' generate and vLLM; TRL's GRPOTrainer.
 
     Example: python -m roi_lib bench generation --out bench.json"""
-    check_writable(out=out)
-    result = import_module(f"roi_lib.experiments.bench_{what}").bench()
+    if out:
+        files.check_file(out)
+    from roi_lib.experiments import benches
+    result = getattr(benches, what)()
     print(json.dumps(result, indent=1))
     if out:
         files.write_json(out, result)
-
-
-def seeds(checkpoints: Positional[tuple[str, ...]], out: Path) -> None:
-    """Put checkpoints of RARL from several seeds into one table, given as SEED=FOLDER.
-
-    Example: python -m roi_lib seeds 0=data/pocket-rarl 1=runs/rarl-1 --out seeds.csv"""
-    from roi_lib.experiments.ablations import write_seeds
-    check_writable(out=out)
-    pairs = [re.fullmatch(r"(\d{1,9})=(.+)", word) for word in checkpoints]
-    if not pairs or None in pairs:
-        raise ValueError("give each checkpoint as SEED=FOLDER, such as 0=data/pocket-rarl")
-    write_seeds([(int(pair[1]), Path(pair[2])) for pair in pairs], out)
-    print(f"wrote {out}")
 
 
 def commands(world: World) -> tyro.extras.SubcommandApp:
@@ -317,9 +300,9 @@ def commands(world: World) -> tyro.extras.SubcommandApp:
     start = PretrainRecipe()
     for command, recipe in ((pretrain, start), (mft, world.mft), (rarl, world.rarl)):
         train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
-    train.command(partial(ablations, recipe=replace(world.rarl, steps=120, exams=8),
+    train.command(partial(ablations, recipe=replace(world.rarl, steps=80, exams=8),
                           stage=replace(stage, papers=400)), name="ablations")
-    for command in (exam, sweep, osmckp, bench, diagnose, snapshots, seeds, doctor):
+    for command in (exam, sweep, osmckp, bench, diagnose, counterfactuals, doctor):
         app.command(command)
     app.command(train, name="train", help="Train a stage: tokenizer, pretrain, mft, rarl.")
     return app

@@ -1,7 +1,7 @@
 """Evaluation: Score and Regret with intervals, shares of a table, and what is lost to whom.
 
     score_and_regret, summarize              the numbers of one order under one budget
-    paired_difference, regret_difference     two methods on the same papers
+    paired_difference                        two methods on the same papers
     rates                                    whatever is a share: of skips, right answers, tags
     shortfall                                what a method leaves behind, beside the rational one
 
@@ -11,12 +11,12 @@
     lost to order        V*(easy) - V*(order)   no policy could have avoided it
     lost to allocation   V*(order) - Score      better allocation would have saved it
 
-The optimality gap is the second as a share, 1 - Score / V*(order). It can be negative: V* has the
-base model's abilities, and training may add to them. Intervals are 95 % percentile intervals of a
+The optimality gap is the second as a share, 1 - Score / V*(order), of the exact policy that knows
+of a problem what its statement gives away. Intervals are 95 % percentile intervals of a
 bootstrap over papers, with the same resamples for whatever is compared; a number NAME comes with
 NAME_low and NAME_high (NaN: one exam has no interval). Notebook 06."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -35,57 +35,34 @@ def resample_counts(n: int, seed: int) -> np.ndarray:
     return rng.multinomial(n, np.full(n, 1 / n), BOOTSTRAP_RESAMPLES).astype(float)
 
 
-def paired_interval(columns: Sequence[np.ndarray], statistic: Callable,
-                    seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a statistic of the means of columns that hold one number an exam.
+def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
+                  seed: int = 0) -> dict[str, float]:
+    """NAME, NAME_low and NAME_high of a statistic of the means of columns with one number an exam.
 
-    All columns share each resample, so differences and ratios of columns are paired. (NaN, NaN)
-    for a single exam, which has none, and where a resample makes the statistic infinite.
-    `ValueError`: one column has more papers than another."""
+    All columns share each resample, so differences and ratios of columns are paired. An exam that
+    is NaN in one column, for lack of a response, counts in none. NaN: no exam is left; of the
+    interval also, one exam alone, or a resample makes the statistic infinite. `ValueError`: one
+    column has more papers than another."""
     if len(set(map(len, columns))) > 1:
         raise ValueError("a paired comparison needs the same papers, not "
                          + " and ".join(str(len(column)) for column in columns))
-    n = len(columns[0])
-    if n < 2:
-        return np.nan, np.nan
-    means = resample_counts(n, seed) @ np.stack(columns, axis=1) / n
+    table = np.stack(columns, axis=1).astype(float)
+    table = table[~np.isnan(table).any(1)]
+    value, samples, n = np.nan, np.nan, len(table)
     with np.errstate(divide="ignore", invalid="ignore"):
-        samples = statistic(*means.T)
-    if not np.isfinite(samples).all():
-        return np.nan, np.nan
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def with_interval(name: str, columns: Sequence[np.ndarray], statistic: Callable,
-                  seed: int = 0) -> dict[str, float]:
-    """NAME, NAME_low and NAME_high of a statistic of the columns' means. An exam that is NaN in one
-    column, for lack of a response, counts in none."""
-    there = ~np.isnan(np.stack(columns)).any(0)
-    if not there.any():
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    columns = [np.asarray(column)[there] for column in columns]
-    low, high = paired_interval(columns, statistic, seed)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(*(np.mean(column) for column in columns)))
+        if n:
+            value = float(statistic(*map(np.mean, table.T)))
+        if n > 1:
+            samples = statistic(*(resample_counts(n, seed) @ table / n).T)
+    low, high = np.percentile(samples, [2.5, 97.5]) if np.isfinite(samples).all() else (np.nan,) * 2
     return {name: value if np.isfinite(value) else np.nan,
-            f"{name}_low": low, f"{name}_high": high}
+            f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, tuple]:
     """Mean of a - b, points of the same papers in the same sequence, and its interval."""
-    return float(np.mean(a) - np.mean(b)), paired_interval([a, b], lambda x, y: x - y, seed)
-
-
-def regret_difference(a: np.ndarray, a_easy: np.ndarray, b: np.ndarray, b_easy: np.ndarray,
-                      seed: int = 0) -> tuple[float, tuple]:
-    """Regret of method a minus that of b, and its interval.
-
-    All four are points of the same papers in the same sequence: each method's in the order in
-    question and in the easy one."""
-    found = with_interval("regret", [a, a_easy, b, b_easy], lambda x, x_easy, y, y_easy: (
-        (x_easy - x) / x_easy - (y_easy - y) / y_easy), seed)
-    return found["regret"], (found["regret_low"], found["regret_high"])
+    value, *ends = with_interval("", [a, b], lambda x, y: x - y, seed).values()
+    return value, tuple(ends)
 
 
 def score_and_regret(points: np.ndarray, easy: np.ndarray, seed: int = 0) -> dict[str, float]:
@@ -124,29 +101,20 @@ def rates(table: pd.DataFrame) -> dict[str, float]:
             for name, values in shares.items()}
 
 
-def confusion(table: pd.DataFrame, levels: int = 4) -> np.ndarray:
-    """Counts [predicted level, real level]; problems without a tag are left out."""
-    given = table[table["predicted"] >= 0]
-    flat = np.bincount(given["predicted"] * levels + given["real"], minlength=levels * levels)
-    return flat.reshape(levels, levels)
-
-
 def by_position(frame: pd.DataFrame, seed: int = 0) -> dict[str, float]:
     """Accuracy with its interval, and mean tokens, at each position; `frame` has a row an exam and
     the columns accuracy_1 ... and tokens_1 ... (see `per_exam`)."""
     numbers: dict[str, float] = {}
-    for name in frame.columns[frame.columns.str.startswith("accuracy_")]:
-        numbers |= with_interval(name, [frame[name].to_numpy(float)], lambda x: x, seed)
-    return numbers | {name: float(frame[name].mean())
-                      for name in frame.columns[frame.columns.str.startswith("tokens_")]}
+    for name, right in frame.filter(like="accuracy_").items():
+        numbers |= with_interval(name, [right.to_numpy(float)], lambda x: x, seed)
+    return numbers | frame.filter(like="tokens_").mean().to_dict()
 
 
 def per_exam(table: pd.DataFrame) -> pd.DataFrame:
     """A row an exam: points, and by position accuracy_1 ... and tokens_1 ...; one rollout each."""
-    wide = table.pivot(index="exam", columns="position", values=["correct", "cost"])
+    wide = table.pivot(index="exam", columns="position", values=["correct", "cost"]).astype(float)
     wide.columns = [f"{'accuracy' if name == 'correct' else 'tokens'}_{position}"
                     for name, position in wide.columns]
-    wide = wide.astype(float)
     return wide.assign(points=wide.filter(like="accuracy_").sum(axis=1))
 
 
@@ -167,15 +135,13 @@ def summarize(table: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[st
     }
 
 
-def shortfall(points: np.ndarray, bound: pd.DataFrame, easy: pd.DataFrame,
-              seed: int = 0) -> dict[str, float]:
-    """What a method leaves behind, beside V*, the achievable side of the bound: its `points`, one
-    number a paper, in the order of `bound`, and the bound of the same papers in the easy order."""
-    columns = [points, bound["achievable"].to_numpy(), easy["achievable"].to_numpy()]
-    return {"rational": float(bound["achievable"].mean()),
-            "rational_plug_in": float(bound["plug_in"].mean()),
-            "rational_by_family": float(bound["by_family"].mean()),
-            "hindsight": float(bound["hindsight"].mean())} | with_interval(
-        "optimality_gap", columns, lambda x, v, e: 1 - x / v, seed) | with_interval(
-        "lost_to_order", columns, lambda x, v, e: e - v, seed) | with_interval(
-        "lost_to_allocation", columns, lambda x, v, e: v - x, seed)
+def shortfall(points: np.ndarray, bound: Mapping[str, np.ndarray],
+              easy: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """What a method leaves behind, beside V*, what the exact policy by statement earns with the
+    method's own abilities: `points`, one number a paper, `bound` of `rational.BOUNDS` of the same
+    cell, and of the same papers in the easy order."""
+    columns = [points, bound["statement"], easy["statement"]]
+    return {f"bound_{name}": float(np.mean(values)) for name, values in bound.items()} | (
+        with_interval("optimality_gap", columns, lambda x, v, e: 1 - x / v, seed)
+        | with_interval("lost_to_order", columns, lambda x, v, e: e - v, seed)
+        | with_interval("lost_to_allocation", columns, lambda x, v, e: v - x, seed))

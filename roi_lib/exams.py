@@ -177,15 +177,34 @@ class Environment:
         return self.prompts([self.message(exam, budget, style)])[0]
 
     @cached_property
+    def level_ids(self) -> list[int]:
+        """Ids of the levels, where each is one token of the tags; [] where it takes several."""
+        ids = [self.tokenizer.get_vocab().get(f"Level-{level}")
+               for level in range(self.world.skip_level + 1)]
+        return ids if all(i in self.encode(tag(level)) for level, i in enumerate(ids)) else []
+
+    def opening(self, level: int, number: int = 1) -> str:
+        """Words that begin the answer to problem `number` with the tag of a level, and so make a
+        model try it with that effort; `ValueError`: the world has no such level."""
+        if not 0 <= level <= self.world.skip_level:
+            raise ValueError(f"the {self.world.name} world has the levels 0 to "
+                             f"{self.world.skip_level}, not {level}")
+        return f"{self.world.header.format(i=number)}\n{tag(level)}"
+
+    @cached_property
     def smallest_budget(self) -> int:
         """Tokens of one header with one tag: under a smaller budget nothing can be said."""
-        return len(self.encode(f"{self.world.header.format(i=1)} {tag(self.world.skip_level)}"))
+        return len(self.encode(self.opening(self.world.skip_level)))
 
-    def check_budget(self, budget: int) -> None:
-        """Refuse a budget under which nothing can be said, with a `ValueError`."""
-        if budget < self.smallest_budget:
-            raise ValueError(f"budget {budget} is smaller than one level tag with its header; "
-                             f"give at least {self.smallest_budget} tokens")
+    def check_budget(self, *budgets: int) -> None:
+        """Refuse budgets under which nothing can be said, or that the world cannot state, with a
+        `ValueError`."""
+        if min(budgets) < self.smallest_budget:
+            raise ValueError(f"budget {min(budgets)} is smaller than one level tag with its header;"
+                             f" give at least {self.smallest_budget} tokens")
+        if max(budgets) > self.world.largest_budget:
+            raise ValueError(f"budget {max(budgets)} is more than the {self.world.name} world can "
+                             f"say; give at most {self.world.largest_budget} tokens")
 
     def read_segment(self, cost: int, text: str) -> Segment:
         """Answer and predicted level of one problem's words."""

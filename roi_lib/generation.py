@@ -11,10 +11,11 @@ behind the same interface. Notebook 03."""
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -31,10 +32,8 @@ class Request:
     message: str = ""  # the user message that the prompt encodes, for servers
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError("a request needs a prompt of at least one token")
-        if self.budget < 1 or self.n < 1:
-            raise ValueError(f"budget and n must be at least 1, not {self.budget} and {self.n}")
+        if min(found := (self.budget, self.n, len(self.prompt))) < 1:
+            raise ValueError(f"budget, n, and tokens of the prompt: {found}, must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ class CachedDecoder:
     def __init__(self, model, prompts: Sequence[tuple[int, ...]], longest: int, pad_id: int):
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         source = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
-        width = max(map(len, place))  # padded on the left: all go on at the same column
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in place])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place])
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        rows = [torch.tensor(prompt, device=model.device) for prompt in place]
+        # Padded on the left: all go on at the same column.
+        ids = pad_sequence(rows, True, pad_id, "left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
         out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         self.model, self.cache = model, getattr(out, "past_key_values", None)
@@ -166,15 +165,18 @@ class TorchEngine(Engine):
                            key=lambda i: (requests[i].budget, len(requests[i].prompt)))
         rows = [(i, k) for i in by_length for k in range(requests[i].n)]
         ends = np.linspace(0, len(rows), math.ceil(len(rows) / self.max_rows) + 1).astype(int)
-        rollouts = chain.from_iterable(self._decode(requests, rows[first:last], temperature)
-                                       for first, last in pairwise(ends))
-        for i in by_length:
-            yield i, list(islice(rollouts, requests[i].n))
+        done: dict[int, dict[int, Rollout]] = {i: {} for i in by_length}
+        for first, last in pairwise(ends):
+            for (i, k), rollout in self._decode(requests, rows[first:last], temperature):
+                done[i][k] = rollout
+                if len(done[i]) == requests[i].n:
+                    yield i, [done[i][k] for k in range(requests[i].n)]
 
     @torch.inference_mode()
     def _decode(self, requests: Sequence[Request], rows: Sequence[tuple[int, int]],
-                temperature: float) -> list[Rollout]:
-        """The rollouts of one batch; a row is the number of a request and of its rollout."""
+                temperature: float) -> Iterator[tuple[tuple[int, int], Rollout]]:
+        """The rows of one batch (numbers of a request and of its rollout) with their rollouts, each
+        as soon as it has ended: what is logged of a long batch is not lost."""
         device, budgets = self.model.device, [requests[i].budget for i, _ in rows]
         budget, longest = torch.tensor(budgets, device=device), max(budgets)
         streams = [np.random.default_rng([*requests[i].seed, k]) for i, k in rows]
@@ -184,6 +186,7 @@ class TorchEngine(Engine):
         ids = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
         alive = torch.arange(len(rows), device=device)  # the rows that are still decoded
         going, logits = torch.ones_like(alive, dtype=torch.bool), decoder.logits
+        eos_ids = self.eos_ids.tolist()
         for step in range(longest):
             broken = going & ~torch.isfinite(logits).all(-1)
             if broken.any():
@@ -192,7 +195,10 @@ class TorchEngine(Engine):
                                          f"{step} of request {i}, rollout {k} (all from 0)")
             token = sample_token(logits, uniform[alive, step], temperature)
             ids[alive, step] = token
-            going = going & ~torch.isin(token, self.eos_ids) & (budget[alive] > step + 1)
+            ended = going & (torch.isin(token, self.eos_ids) | (budget[alive] == step + 1))
+            for row in alive[ended].tolist():
+                yield rows[row], within_budget(ids[row, : step + 1].tolist(), budgets[row], eos_ids)
+            going = going & ~ended
             kept = going.nonzero()[:, 0]
             if not len(kept):
                 break
@@ -200,6 +206,3 @@ class TorchEngine(Engine):
                 decoder.select(kept)
                 alive, token, going = alive[kept], token[kept], going[kept]
             logits = decoder.step(token)
-        eos_ids = self.eos_ids.tolist()
-        return [within_budget(row[:end], end, eos_ids)
-                for row, end in zip(ids.tolist(), budgets, strict=True)]

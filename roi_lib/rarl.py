@@ -38,27 +38,33 @@ def step_seed(recipe: RARLRecipe, step: int) -> int:
 
 
 def training_exams(world: World, recipe: RARLRecipe, step: int,
-                   pool: Sequence[Problem] | None = None) -> tuple[list[Exam], int]:
-    """The exams of one step, from the training split, and the budget they are all sat under."""
+                   pool: Sequence[Problem] | None = None) -> tuple[list[Exam], list[int]]:
+    """The exams of one step, from the training split, and the budget that each is sat under."""
     seed = step_seed(recipe, step)
-    rng = random.Random(f"{seed}/orders")
+    rng, exams = random.Random(f"{seed}/orders"), []
     orders = rng.choices(*zip(*recipe.orders, strict=True), k=recipe.exams)
-    papers = draw_papers(world, recipe.exams, recipe.n_problems, "train", seed, pool)
-    return in_orders(papers, orders, seed), recipe.budgets[step % len(recipe.budgets)]
+    sizes = rng.choices(*zip(*recipe.sizes, strict=True), k=recipe.exams)
+    for size in dict.fromkeys(sizes):
+        papers = draw_papers(world, sizes.count(size), size, "train", 10 * seed + size, pool)
+        exams += in_orders(papers, orders[len(exams) :], seed)
+    budgets = rng.choices(recipe.budgets, k=recipe.exams)
+    return exams, budgets if recipe.budget_for == "exam" else budgets[:1] * recipe.exams
 
 
-def roll_out(env: Environment, engine: Engine, exams: Sequence[Exam], budget: int,
+def roll_out(env: Environment, engine: Engine, exams: Sequence[Exam], budgets: Sequence[int],
              recipe: RARLRecipe, step: int, numbers: Sequence[int] | None = None) -> pd.DataFrame:
-    """Sit every exam `recipe.rollouts` times under `budget` tokens: `sitting`'s table + `reward`.
+    """Sit every exam `recipe.rollouts` times under its budget: `sitting`'s table and `reward`.
 
     `numbers`: which of the step's exams these are, if not all; random numbers follow from them.
     `FloatingPointError`: the model gave NaN or infinite logits; names the step."""
     try:
-        table = sit(env, engine, exams, budget, recipe.rollouts, STYLE, recipe.temperature,
-                    step_seed(recipe, step), numbers and [(i,) for i in numbers])
+        table = sit(env, engine, exams, budgets, recipe.rollouts, STYLE, recipe.temperature,
+                    step_seed(recipe, step), numbers and [(i,) for i in numbers],
+                    None if recipe.cut else int(min(2 * max(recipe.budgets),
+                                                    env.world.largest_budget)))
     except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}, sampling {len(exams)} exams under budget {budget}: "
-                                 f"{error}; lower the learning rate") from error
+        raise FloatingPointError(f"step {step}, sampling {len(exams)} exams: {error}; "
+                                 "lower the learning rate") from error
     table["reward"] = problem_rewards(table, recipe.reward, recipe.skip_bonus)
     return table
 
@@ -136,12 +142,12 @@ def pad_right(rows: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor,
 
 
 def group_gradient(model, group: pd.DataFrame, advantage: torch.Tensor, share: float,
-                   recipe: RARLRecipe) -> tuple[float, float]:
+                   recipe: RARLRecipe, level_ids: Sequence[int] = ()) -> tuple[float, float, float]:
     """Add one group's part to the gradient of the whole batch's loss.
 
     Rollouts that came out the same are computed once, with their advantages added up. `share`: the
-    part of all rows that one rollout is. Returns the part of the loss, and the mean token entropy.
-    """
+    part of all rows that one rollout is. Returns the part of the loss, and the mean entropy of a
+    token, and of those that are a level."""
     prompt = torch.tensor(group["prompt"].iloc[0], device=model.device)
     place = {row: i for i, row in enumerate(dict.fromkeys(row for row in group["ids"] if row))}
     weight, count = torch.zeros(2, len(place), device=model.device)
@@ -155,28 +161,32 @@ def group_gradient(model, group: pd.DataFrame, advantage: torch.Tensor, share: f
     loss = loss * len(place) * share
     loss.backward()
     tokens = mask * count[:, None]
-    return loss.item(), float((entropy * tokens).sum() / tokens.sum())
+    levels = tokens * torch.isin(ids, ids.new_tensor(level_ids))
+    return loss.item(), *(float((entropy * some).sum() / some.sum()) for some in (tokens, levels))
 
 
-def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0) -> dict:
+def batch_gradient(model, table: pd.DataFrame, recipe: RARLRecipe, step: int = 0,
+                   level_ids: Sequence[int] = ()) -> dict:
     """Put the gradient of the loss of a table of rollouts into `.grad`.
 
     Returns `loss`; `no_spread`, the share of groups without spread, which have no advantage and
-    are left out; `entropy` of the others, in nats a token (NaN: there are none)."""
+    are left out; `entropy` of the others, in nats a token, and `level_entropy`, of the tokens that
+    are one of `level_ids` (NaN: there are none)."""
     model.zero_grad(set_to_none=True)
     rewards, loss, entropies = exam_rewards(table), 0.0, []
     weights = advantages(rewards, recipe.scale)
     for i, (_, group) in enumerate(responses(table).groupby("exam")):
         if len(rewards[i][~rewards[i].isnan()].unique()) < 2:
             continue
-        part, entropy = group_gradient(model, group, weights[i], 1 / rewards.numel(), recipe)
+        part, *entropy = group_gradient(model, group, weights[i], 1 / rewards.numel(), recipe,
+                                        level_ids)
         if not math.isfinite(part):
             raise FloatingPointError(f"the loss is {part} at step {step}, exam {i} of the batch; "
                                      "lower the learning rate")
         loss += part
         entropies.append(entropy)
-    return {"loss": loss, "no_spread": 1 - len(entropies) / len(rewards),
-            "entropy": sum(entropies) / len(entropies) if entropies else math.nan}
+    means = pd.DataFrame(entropies, columns=["entropy", "level_entropy"]).mean()
+    return {"loss": loss, "no_spread": 1 - len(entropies) / len(rewards), **means}
 
 
 def train_step(env: Environment, model, engine: Engine, optimizer, recipe: RARLRecipe, step: int,
@@ -185,13 +195,12 @@ def train_step(env: Environment, model, engine: Engine, optimizer, recipe: RARLR
 
     `engine` samples from `model` as it is now. Returns the rollouts; and what `batch_gradient`
     returns, with `grad_norm` before clipping. `FloatingPointError`: NaN or infinite gradients."""
-    exams, budget = training_exams(env.world, recipe, step, pool)
-    table = roll_out(env, engine, exams, budget, recipe, step)
-    learned = batch_gradient(model, table, recipe, step)
+    exams, budgets = training_exams(env.world, recipe, step, pool)
+    table = roll_out(env, engine, exams, budgets, recipe, step)
+    learned = batch_gradient(model, table, recipe, step, env.level_ids)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient is {norm} at step {step}, budget {budget}; "
-                                 "lower the learning rate")
+        raise FloatingPointError(f"the gradient is {norm} at step {step}; lower the learning rate")
     if learned["no_spread"] < 1:
         optimizer.step()
     return table, learned | {"grad_norm": norm}

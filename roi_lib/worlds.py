@@ -5,10 +5,13 @@ recipes of training. Functions take what they need from it; none asks which one 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TIERS = ("easy", "medium", "hard")
 ORDERS = ("easy", "medium", "hard")
+#: Rules of thumb that the learned allocation is compared with (see `rational.rule_policies`).
+RULES = ("always_full", "always_brief", "skip_hard", "skip_hard_unless_last", "equal_share",
+         "cheapest_first")
 #: What a skipped problem carries in its box (paper, section on refusal learning).
 SKIP_ANSWER = "NA"
 TAG_OPEN, TAG_CLOSE = "<predicted_level>", "</predicted_level>"
@@ -20,7 +23,9 @@ class Method:
 
     checkpoint: str | None  # folder, name below data/, or hub id; None: reference solutions
     style: str  # key of World.prompts
-    strategy: str = "whole"  # or "knapsack" (Greedy Knapsack), "rational" (the exact bound)
+    # Or "knapsack" (Greedy Knapsack); "exact" and "rule": policies over the checkpoint's abilities,
+    # whose Score is computed (see `rational`).
+    strategy: str = "whole"
     charged: bool = False  # whether Greedy Knapsack pays for its prediction pass
 
     @property
@@ -40,13 +45,15 @@ class MFTRecipe:
     """How Meta-Cognitive Fine-Tuning is done. The paper leaves all of these open."""
 
     problems: int  # training problems sampled a tier (fewer where a source has fewer)
-    samples: int  # answers sampled a problem, at temperature 1
-    target: str  # which right answer is taught: shortest or median (by cost)
+    styles: tuple[str, ...]  # prompting styles under which answers are sampled
+    samples: int  # answers sampled a problem and style, at temperature 1
+    target: str  # which right answer is taught alone: shortest or median (by cost), or any of them
     exams: int  # rows with several problems, after one row for every problem alone
-    sizes: tuple[tuple[int, int], ...]  # (number of problems, weight) of those rows
-    # Weights of the tiers in those rows. A tier whose level hangs on its length wants more: the
-    # others' tags are soon learned, or cannot be.
-    mix: tuple[float, float, float]
+    # Each of those rows is the best of so many combinations of answers and skips under the budget
+    # of its prompt; 0: what is taught alone, whatever the budget.
+    combinations: int
+    budgets: tuple[int, ...]  # that prompts of rows state
+    sizes: tuple[tuple[int, int], ...]  # (number of problems, weight) of rows with several
     rows: int  # rows an optimizer step
     rows_at_once: int  # rows at a time on a device
     learning_rate: float  # AdamW's peak; linear warm-up and decay
@@ -64,7 +71,7 @@ class MFTRecipe:
     seed: int = 0  # of problems, samples, rows and weights
 
     def __post_init__(self) -> None:
-        check_choice("target", self.target, ("shortest", "median"))
+        check_choice("target", self.target, ("shortest", "median", "any"))
         if min(self.problems, self.samples, self.rows, self.rows_at_once, self.dev_exams,
                self.log_every, self.save_every) < 1 or self.exams < 0 or self.steps < -1:
             raise ValueError("problems, samples, rows, rows_at_once, dev_exams, log_every and "
@@ -89,42 +96,41 @@ class RARLRecipe:
     steps: int  # updates; each has fresh rollouts (on policy, one update a batch)
     exams: int  # exams a step
     rollouts: int  # responses to each exam: the group of Dr. GRPO
-    # Taken in turn, one a step; the prompt states it. The largest is the loss's normaliser.
-    budgets: tuple[int, ...]
-    # Of AdamW, constant, without weight decay. Too high a rate destroys the policy: accuracy falls
-    # and skipping dies out (see `python -m roi_lib diagnose`).
+    budgets: tuple[int, ...]  # in tokens; the largest is the loss's normaliser
+    # Who draws one of them: every exam, or every step for all its exams. Within a step that has one
+    # budget, nothing tells the policy apart by budget.
+    budget_for: str
+    # Of AdamW at first; it falls linearly to zero. No weight decay. Too high a rate destroys the
+    # policy: accuracy falls and skipping dies out (see `python -m roi_lib diagnose`).
     learning_rate: float
     # (order, weight) of the exams
     orders: tuple[tuple[str, float], ...] = (("hard", 0.5), ("medium", 0.3), ("easy", 0.2))
-    n_problems: int = 3  # problems an exam
+    # (number of problems, weight) of the exams
+    sizes: tuple[tuple[int, float], ...] = ((3, 1.0),)
     temperature: float = 1.0  # of sampling, and of the log-probabilities
-    # level: right answer and right level (the paper's); answer: right answer; skip_bonus: as
-    # level, and skip_bonus points for a right skip
+    # level: right answer and level (the paper's); answer: alone; skip_bonus: a right skip, too
     reward: str = "level"
     skip_bonus: float = 0.1  # see reward
     scale: str = "none"  # none as in Dr. GRPO; std: divide by the group's deviation, as GRPO
     normalizer: str = "constant"  # constant as in Dr. GRPO; length: divide by a row's own, as GRPO
+    cut: bool = True  # rollouts end at their budget; False: at twice the largest, or the world's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     log_every: int = 10  # steps between printed lines
     save_every: int = 20  # steps between checkpoints
-    snapshots: tuple[int, ...] = ()  # steps after which a copy of the model is kept; 0: the start
     seed: int = 0  # of papers, orders and rollouts
     trl: TRLRecipe | None = None  # for TRL's trainer; None: the library's own, for small models
 
     def __post_init__(self) -> None:
+        check_choice("budget_for", self.budget_for, ("exam", "step"))
         check_choice("reward", self.reward, ("level", "answer", "skip_bonus"))
         check_choice("scale", self.scale, ("none", "std"))
         check_choice("normalizer", self.normalizer, ("constant", "length"))
-        for order, _ in self.orders:
-            check_choice("order", order, ORDERS)
         if self.rollouts < 2 or min(self.exams, self.log_every, self.save_every) < 1:
-            raise ValueError("a group needs at least 2 rollouts; exams, log_every and save_every "
-                             "must be at least 1")
+            raise ValueError("give at least 2 rollouts; exams, log_every, save_every of at least 1")
         if min(self.temperature, self.learning_rate, self.max_grad_norm) <= 0:
             raise ValueError("temperature, learning_rate and max_grad_norm must be above 0")
-        if not self.budgets or not self.orders or min(self.steps, 0, *self.snapshots) < 0:
-            raise ValueError("name at least one budget and one order; steps and snapshots must be "
-                             "at least 0, which is the start")
+        if not self.budgets or not self.orders or self.steps < 0:
+            raise ValueError("name at least one budget and one order; steps must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -140,12 +146,15 @@ class World:
     header_pattern: str  # regular expression of a header in a response; group 1 is the number
     grader: str  # how answers are compared: "integer" or "math" (see `grading`)
     prompts: Mapping[str, str]  # style -> user message with {budget}, {n} and {problems}
+    largest_budget: float  # that a prompt can state
     tokenizer: str  # default tokenizer: a folder below data/, or a hub id
     dtype: str  # of the torch engine; "auto": the checkpoint's. float64: the same tokens everywhere
     table_dtype: str  # of exam and sweep: float32 takes half the time, and may differ in a token
     methods: Mapping[str, Method]  # what the evaluation compares
     mft: MFTRecipe
     rarl: RARLRecipe
+    #: Token of a tag -> word of the base that its embedding starts from; {}: the base knows both.
+    tag_words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def skip_level(self) -> int:
@@ -167,47 +176,65 @@ def standard_methods(base: str, mft: str, rarl: str) -> dict[str, Method]:
     return {
         "replay": Method(None, "direct"),
         "base": Method(base, "direct"),
+        "brief": Method(base, "brief"),
         "plan_and_solve": Method(base, "plan_and_solve"),
         "least_to_most": Method(base, "least_to_most"),
         "mft": Method(mft, "roi"),
         "mft_greedy_knapsack": Method(mft, "roi", "knapsack"),
         "mft_greedy_knapsack_charged": Method(mft, "roi", "knapsack", charged=True),
         "rarl": Method(rarl, "roi"),
-        "rational": Method(base, "direct", "rational"),
+        **dict.fromkeys((*RULES, "best_rule"), Method(rarl, "roi", "rule")),
+        "optimal": Method(rarl, "roi", "exact"),
     }
 
 
-_BUDGET = "Budget: {budget} tokens. "
+#: One number, which the base knows from calculations, and the last thing said, since the first
+#: decision follows soon: so what is learned of some budgets carries over to others.
+_BUDGET = "\n{problems}\nBudget: {budget} tokens."
+#: Budgets of training, without some in between; in equal ratios, for few tokens matter most (RARL).
+TRAINED = tuple(b for b in range(40, 257) if b not in (72, 144, 208))
+GEOMETRIC = tuple(sorted({round(40 * 6.4 ** (i / 149)) for i in range(150)} & {*TRAINED}))
 POCKET = World(
     name="pocket",
-    budgets=(64, 128),
-    level_edges=(32, 64, 128),
-    centroids=(16, 48, 96),
-    families={"easy": ("comparison", "boxes"), "medium": ("bus", "shopping"),
-              "hard": ("remainders", "cycle")},
+    budgets=(64, 128, 256),
+    # The first lies between what medium problems cost in brief and in full.
+    level_edges=(24, 64, 128),
+    centroids=(16, 40, 88),
+    families={"easy": ("marbles", "shelves"), "medium": ("tram", "market"),
+              "hard": ("residues", "rounds")},
     header="Q{i}.",
     header_pattern=r"Q(\d{1,3})\.",
     grader="integer",
     prompts={
-        "direct": _BUDGET + "Solve in order.\n{problems}",
-        "plan_and_solve": _BUDGET + "Plan first, then solve in order.\n{problems}",
-        "least_to_most": _BUDGET + "Rate first, then solve in order or skip.\n{problems}",
-        "roi": _BUDGET + "Predict each level, then solve in order or skip.\n{problems}",
+        "direct": "Solve in order." + _BUDGET,
+        "brief": "Answer in brief, in order." + _BUDGET,
+        "at_once": "Answer at once, in order." + _BUDGET,
+        "rated": "Rate each, then solve in order." + _BUDGET,
+        "rated_brief": "Rate each, then answer in brief, in order." + _BUDGET,
+        "counted": "Count down, then solve in order." + _BUDGET,
+        "counted_brief": "Count down, then answer in brief, in order." + _BUDGET,
+        "plan_and_solve": "Plan first, then solve in order." + _BUDGET,
+        "least_to_most": "Rate first, then solve in order or skip." + _BUDGET,
+        "roi": "Predict each level, then solve in order or skip." + _BUDGET,
     },
+    largest_budget=320,  # that the base was trained under
     tokenizer="pocket-tokenizer",
     dtype="float64",
     table_dtype="float32",
     methods=standard_methods("pocket-base", "pocket-mft", "pocket-rarl"),
     mft=MFTRecipe(
-        problems=1_200, samples=4, target="shortest", exams=16_000,
-        sizes=((2, 10), (3, 28), (4, 2), (5, 1), (6, 1)), mix=(0.12, 0.72, 0.16), rows=32,
-        rows_at_once=8, learning_rate=2.5e-3, muon_rate=0.01, tag_weight=10.0, max_length=1_024,
+        problems=1_200, styles=("direct", "brief"), samples=4, target="any",
+        exams=14_000, combinations=100, budgets=TRAINED,
+        sizes=((2, 2), (3, 8), (4, 2), (5, 2)), rows=32, rows_at_once=8,
+        learning_rate=2.5e-3, muon_rate=0.006, tag_weight=5.0, max_length=1_024,
         lora_rank=0, bf16=True, checkpointing=False, dev_exams=63, card_papers=400, log_every=100,
         save_every=200),
     rarl=RARLRecipe(
-        steps=200, exams=16, rollouts=16, budgets=(64, 128, 128), learning_rate=2e-4,
-        orders=(("hard", 0.3), ("medium", 0.3), ("easy", 0.4)),
-        snapshots=(0, 4, 8, 12, 16, 20, 40, 60, 100, 200)),
+        steps=340, exams=20, rollouts=12, budgets=GEOMETRIC, budget_for="exam", learning_rate=6e-4,
+        orders=(("hard", 0.4), ("medium", 0.4), ("easy", 0.2)),
+        sizes=((2, 1.0), (3, 4.0), (4, 1.0), (5, 1.0))),
+    tag_words={TAG_OPEN: "(", TAG_CLOSE: ")", "Level-0": "easy", "Level-1": "medium",
+               "Level-2": "hard", "Level-3": "skip"},
 )
 
 _EXAM_RULES = """\
@@ -227,6 +254,7 @@ PAPER = World(
     grader="math",
     prompts={
         "direct": _EXAM_RULES + "\n\n{problems}",
+        "brief": _EXAM_RULES + " Write as little as you can.\n\n{problems}",
         "plan_and_solve": _EXAM_RULES + """ Before the first answer, write a short plan: what \
 each problem needs, and how many tokens you will give it. Then carry out the plan.
 
@@ -243,18 +271,21 @@ for up to 1024. If it is not worth its tokens, write \
 
 {problems}""",
     },
+    largest_budget=float("inf"),
     tokenizer="gsm8k-bpe",
     dtype="auto",
     table_dtype="auto",
     methods=standard_methods("Qwen/Qwen2.5-1.5B-Instruct@989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
                              "paper-mft", "paper-rarl"),
     mft=MFTRecipe(
-        problems=3_000, samples=8, target="shortest", exams=6_000, sizes=((2, 1), (3, 3)),
-        mix=(1.0, 1.0, 1.0), rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,
+        problems=3_000, styles=("direct",), samples=8, target="shortest", exams=6_000,
+        combinations=30, budgets=(512, 1024), sizes=((2, 1), (3, 3)),
+        rows=64, rows_at_once=4, learning_rate=1e-4, muon_rate=0.0,
         tag_weight=1.0, max_length=4_096, lora_rank=32, bf16=True, checkpointing=True,
         dev_exams=32, card_papers=100, log_every=20, save_every=40),
     rarl=RARLRecipe(
-        steps=300, exams=32, rollouts=8, budgets=(512, 1024), learning_rate=2e-5, log_every=1,
+        steps=300, exams=32, rollouts=8, budgets=(512, 1024), budget_for="exam",
+        learning_rate=2e-5, log_every=1,
         trl=TRLRecipe(rows_at_once=4, lora_rank=32, bf16=True, checkpointing=True)),
 )
 

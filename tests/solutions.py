@@ -1,5 +1,7 @@
 """Solutions to the exercises, and answers that must be rejected; used by test_exercises.py."""
 
+from itertools import product
+
 import numpy as np
 
 from roi_lib.osmckp import SKIP, Action, Instance
@@ -86,6 +88,12 @@ def weighted_mean(nats, kinds, weight):
     return float(np.average(nats, weights=weights))
 
 
+def most_points(samples, skip, budget):
+    ways = product(*([(skip, False), *some] for some in samples))
+    return max(sum(right and sum(cost for cost, _ in way[: i + 1]) <= budget
+                   for i, (_, right) in enumerate(way)) for way in ways)
+
+
 def false_and_missed(skipped, rates):
     out = [rate for skip, rate in zip(skipped, rates, strict=True) if skip]
     tried = [rate for skip, rate in zip(skipped, rates, strict=True) if not skip]
@@ -156,7 +164,7 @@ SOLUTIONS = {
     "03.4": lambda lengths: (len(lengths) * max(lengths), sum(lengths)),
     "04.1": label,
     "04.2": weighted_loss,
-    "04.3": lambda p, k: (1 - p) ** k,
+    "04.3": most_points,
     "04.4": false_and_missed,
     "05.1": exam_reward,
     "05.2": advantage,
@@ -196,7 +204,10 @@ WRONG = {
     "04.1": [1, label_below_edge, lambda samples, edges: label(
         [(cost, True) for cost, _ in samples], edges)],
     "04.2": [1.5, weighted_mean, lambda nats, kinds, weight: sum(nats) / len(nats)],
-    "04.3": [0.5, lambda p, k: 1 - p ** k, lambda p, k: 1 - (1 - p) ** k],
+    "04.3": [2, lambda samples, skip, budget: most_points(samples, 0, budget),
+             lambda samples, skip, budget: sum(any(right for _, right in some) for some in samples),
+             lambda samples, skip, budget: most_points(
+                 [[(cost, True) for cost, _ in some] for some in samples], skip, budget)],
     "04.4": [0.3, lambda skipped, rates: false_and_missed(skipped, rates)[::-1],
              lambda skipped, rates: (sum(rates) / len(rates), 0.0)],
     "05.1": [2, lambda levels, costs, right, edges: sum(right),

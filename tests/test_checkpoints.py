@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from roi_lib.engines import engine_for
+from roi_lib.problems import MAX_NUMBER
 from roi_lib.store import checkpoints
 from roi_lib.store.checkpoints import load_environment, load_model, load_tokenizer
 from roi_lib.store.files import DATA, newest_complete
@@ -123,7 +125,9 @@ def test_hub_models_are_pinned_and_told_apart(monkeypatch, model):
 
 
 def test_labels_and_hashes_are_those_of_the_weights(folder, model):
-    assert checkpoints.model_label("pocket-base") == "25fcce4fff1c", "as the tables have it"
+    manifest = (DATA / "pocket-base" / "manifest.json").read_bytes()
+    wanted = sha256(sha256(manifest).hexdigest().encode()).hexdigest()[:12]
+    assert checkpoints.model_label("pocket-base") == wanted, "as the tables have it"
     loaded, label = load_model(str(folder)), checkpoints.model_label(str(folder))
     assert checkpoints.weights_hash(loaded) == checkpoints.weights_hash(model)
     with torch.no_grad():
@@ -148,24 +152,35 @@ def test_the_pocket_tokenizer_knows_all_words_of_the_prompts(tokenizer):
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
 
 
-def test_a_tokenizer_comes_with_its_checkpoint_or_from_the_world(folder):
+def test_numbers_up_to_the_largest_budget_are_one_token_each(tokenizer):
+    """Digits of a larger one are single, so that it is told from any other; none is unknown."""
+    assert POCKET.largest_budget == MAX_NUMBER == 320
+    ids = [tokenizer(f"Budget: {number} tokens.").input_ids for number in range(1_200)]
+    assert len({tuple(some) for some in ids}) == 1_200
+    assert [len(some) - 4 for some in ids] == [1 if n <= 320 else len(str(n)) for n in range(1_200)]
+    assert not any(tokenizer.unk_token_id in some for some in ids)
+
+
+def test_a_tokenizer_comes_with_its_checkpoint_or_from_the_world(folder, tokenizer, small_world):
     assert checkpoints.own_tokenizer(str(folder)) is None
-    assert len(load_environment(POCKET, str(folder)).tokenizer) == 264
+    found = load_environment(small_world, str(folder))
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
     own = train_bpe(["Q1. 3 + 4 = 7", "Level-1"], size=262)
     own.save_pretrained(folder)
     found = load_environment(POCKET, str(folder))
     assert found.world is POCKET and found.encode("Q1. 3 + 47") == own("Q1. 3 + 47").input_ids
     assert checkpoints.own_tokenizer(str(folder)).chat_template == own.chat_template
     assert len(load_environment(PAPER).tokenizer) == 4_096
-    assert len(load_environment(POCKET, str(folder), POCKET.tokenizer).tokenizer) == 264
+    words = small_world.tokenizer
+    assert len(load_environment(POCKET, str(folder), words).tokenizer) == len(tokenizer)
 
 
-def test_a_tokenizer_that_does_not_fit_its_model_is_refused(refusal):
-    assert ("'pocket-base' knows 264 tokens, the tokenizer 4,096: they do not belong together; "
-            "save its own") in refusal(load_environment, PAPER, "pocket-base")
-    assert "do not belong" in refusal(load_environment, POCKET, "pocket-base", "gsm8k-bpe")
-    model, other = load_model("pocket-base"), load_tokenizer("gsm8k-bpe")
-    assert "pocket-base' knows 264 tokens, the tokenizer 4,096" in refusal(engine_for, model, other)
+def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tokenizer, small_world, refusal):
+    base = small_world.method("base").checkpoint
+    words = f"base' knows {len(tokenizer)} tokens, the tokenizer 4,096: they do not belong together"
+    assert f"{words}; save its own" in refusal(load_environment, PAPER, base)
+    assert words in refusal(load_environment, POCKET, base, "gsm8k-bpe")
+    assert words in refusal(engine_for, load_model(base), load_tokenizer("gsm8k-bpe"))
 
 
 # ---------------------------------------------------------------- the state of a training run

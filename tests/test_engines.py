@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 
 from roi_lib.__main__ import main
-from roi_lib.engines import EngineConfig, logs, make_engine
+from roi_lib.engines import EngineConfig, logs
 from roi_lib.engines.logs import LoggedEngine, RunLog
 from roi_lib.engines.openai import OpenAIEngine, Usage
 from roi_lib.engines.replay import ReplayEngine
 from roi_lib.engines.vllm import INSTALL_VLLM, VLLMEngine, vllm_installed
-from roi_lib.exams import draw_papers, in_orders
+from roi_lib.exams import Exam, draw_papers, in_orders
 from roi_lib.generation import Request, Rollout
 from roi_lib.sitting import sit, tabulate
 from roi_lib.store.checkpoints import load_environment, model_hash
@@ -142,6 +142,13 @@ def test_chat_sends_the_message_and_charges_the_worlds_tokens(server, env):
     assert path == "/v1/chat/completions" and asked["max_tokens"] == 8 and asked["top_p"] == 1
     assert asked["messages"] == [{"role": "user", "content": "solve 0"}]
     assert rollout.ids == (*env.encode("+ +"), env.tokenizer.eos_token_id)
+
+
+def test_a_chat_cannot_be_made_to_begin_with_given_words(server, env, refusal):
+    exams = [Exam(paper, "easy") for paper in draw_papers(POCKET, 2)]
+    assert "take --api completions" in refusal(
+        sit, env, client(server, env.tokenizer, api="chat"), exams, 64, opening="Q1.")
+    assert not server.seen
 
 
 def test_completions_send_ids_and_every_rollout_its_own_seed(server, tokenizer):
@@ -389,10 +396,9 @@ def test_a_run_of_failures_alone_has_no_score(server, exam):  # cases 17, 19
     assert status == 2 and "every response failed" in error and "out of order" in error
     assert "Score" not in text and "0 responses, 2 failed" in text
     server.judge = lambda asked: (400, "prompt: must be a string")
-    for words in (["--api", "completions"], ["--methods", "rational"]):
-        status, text, error = exam(2, *words)
-        assert status == 2 and error.count("\n") == 1 and "Score" not in text
-        assert "must be a string" in error and "--api chat" in error
+    status, text, error = exam(2, "--api", "completions")
+    assert status == 2 and error.count("\n") == 1 and "Score" not in text
+    assert "must be a string" in error and "--api chat" in error
 
 
 def test_an_interrupted_exam_says_so(server, exam):
@@ -513,9 +519,8 @@ def test_progress_shows_only_where_it_takes_long(capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- engines by name
-def test_unknown_names_are_refused_before_any_work(tokenizer, refusal):
-    assert "torch, vllm, openai" in refusal(make_engine, "abacus", "pocket-base", tokenizer)
-    assert "'float9'" in refusal(make_engine, "torch", "no/such-model", tokenizer, "float9")
+def test_unknown_names_are_refused_before_any_work(refusal):
+    assert "torch, vllm, openai" in refusal(EngineConfig, "abacus")
     assert "'float9'" in refusal(EngineConfig, dtype="float9")
 
 
@@ -537,7 +542,7 @@ def test_a_log_names_the_model(tmp_path, refusal):
 def pocket():
     """The environment and the torch engine of the pocket model."""
     env = load_environment(POCKET)
-    return env, make_engine("torch", "pocket-base", env.tokenizer, "float32")
+    return env, EngineConfig().make("pocket-base", env.tokenizer, "float32")
 
 
 @pytest.mark.parametrize("name", ["vllm", "openai"])

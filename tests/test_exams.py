@@ -3,11 +3,13 @@
 import random
 import re
 from collections import Counter
+from dataclasses import replace
+from itertools import cycle
 
 import pytest
 
 from roi_lib.engines.replay import reference_response
-from roi_lib.exams import Exam, draw_papers, in_orders, order_problems, tag
+from roi_lib.exams import Environment, Exam, draw_papers, in_orders, order_problems, tag
 from roi_lib.problems import Problem
 from roi_lib.store.checkpoints import load_environment
 from roi_lib.worlds import ORDERS, PAPER, POCKET, TAG_CLOSE, TAG_OPEN
@@ -16,8 +18,8 @@ PAPERS = draw_papers(POCKET, 40, seed=3)
 
 
 @pytest.fixture(scope="module", params=[POCKET, PAPER], ids=lambda world: world.name)
-def either(request):
-    return load_environment(request.param)
+def either(request, env):
+    return env if request.param is POCKET else load_environment(PAPER)
 
 
 def read(env, words, n=3):
@@ -65,7 +67,7 @@ def test_statements_are_data_and_never_become_control_tokens(either, case):
 
 def test_reference_responses_read_back(either):
     """Plans and ratings name problems, but open none."""
-    for style, paper in zip([*either.world.prompts] * 10, PAPERS, strict=True):
+    for style, paper in zip(cycle(either.world.prompts), PAPERS, strict=False):
         words = reference_response(either.world, paper, style, skip=(False, True, False))
         response = read(either, words)
         assert [s.answer for s in response.segments] == [paper[0].answer, "NA", paper[2].answer]
@@ -81,7 +83,52 @@ def test_costs_are_token_exact_and_a_budget_holds_a_header_with_a_tag(env, refus
     env.check_budget(len(env.encode(f"Q1. {tag(3)}")))
     for budget in (4, 0, -1):
         assert "give at least 5 tokens" in refusal(env.check_budget, budget)
+    env.check_budget(320)
+    assert refusal(env.check_budget, 321) == ("budget 321 is more than the pocket world can say; "
+                                              "give at most 320 tokens")
+    load_environment(PAPER).check_budget(10**6)
     assert "at least one problem" in refusal(env.message, Exam((), "easy"), 96)
+
+
+def test_effort_is_what_a_style_asks_for_and_tokens_buy(env):
+    """A faultless writer answers in full, in brief or at once; plans and ratings are in full."""
+    full, brief, at_once = (reference_response(POCKET, PAPERS[0], style, (False, True, False))
+                            for style in ("direct", "brief", "at_once"))
+    for words, answers in ((full, [p.solution for p in PAPERS[0]]),
+                           (brief, [p.brief for p in PAPERS[0]]),
+                           (at_once, [f"\\boxed{{{p.answer}}}" for p in PAPERS[0]])):
+        assert words == f"Q1.\n{answers[0]}\nQ2.\n\\boxed{{NA}}\nQ3.\n{answers[2]}"
+    assert reference_response(POCKET, PAPERS[0], "plan_and_solve").endswith(
+        reference_response(POCKET, PAPERS[0]))
+    for style, answers in (("rated", [p.solution for p in PAPERS[0]]),
+                           ("rated_brief", [p.brief for p in PAPERS[0]])):
+        assert reference_response(POCKET, PAPERS[0], style) == "\n".join(
+            f"Q{i}.\n({p.tier}) {words}" for i, (p, words) in enumerate(
+                zip(PAPERS[0], answers, strict=True), 1))
+    counted = reference_response(POCKET, PAPERS[0], "counted_brief", left=lambda text: len(text))
+    first, rest = counted.split("\nQ2.\n")
+    assert first == f"Q1.\n(0) {PAPERS[0][0].brief}" and rest.startswith(f"({len(first)}) ")
+    for budget, sign in ((159, ">"), (160, "="), (161, "<")):
+        words = reference_response(POCKET, PAPERS[0], "least_to_most", budget=budget)
+        assert f"Q3 hard. 160 {sign} {budget}.\nQ1.\n" in words, "what the tiers cost together"
+        assert words.endswith("\\boxed{NA}") == (sign == ">")
+    real = Problem("a", "1 + 1?", "2", "1 + 1 = 2. \\boxed{2}", "easy", "own")
+    assert reference_response(PAPER, [real], "brief").endswith(real.solution), "it has no other"
+
+
+def test_levels_are_single_tokens_or_none(env):
+    """In a BPE a level's digit is a token, but that of every number as well."""
+    assert env.tokenizer.convert_ids_to_tokens(env.level_ids) == [f"Level-{k}" for k in range(4)]
+    beyond = Environment(replace(POCKET, level_edges=(32, 64, 128, 256)), env.tokenizer)
+    assert beyond.level_ids == [] == load_environment(PAPER).level_ids
+
+
+def test_an_opening_is_a_header_with_a_tag_of_a_level_that_there_is(env, refusal):
+    assert env.opening(2) == f"Q1.\n{tag(2)}" and env.opening(3, 12) == f"Q12.\n{tag(3)}"
+    assert load_environment(PAPER).opening(0, 2) == f"### Problem 2\n{tag(0)}"
+    for level in (-1, 4):
+        assert refusal(env.opening, level) == (
+            f"the pocket world has the levels 0 to 3, not {level}")
 
 
 @pytest.mark.parametrize(("words", "answer", "level"), [
@@ -109,7 +156,7 @@ def test_a_problem_that_was_left_is_not_read_again(env):
 
 def test_headers_are_found_in_any_text(env):
     rng, decode = random.Random(0), env.tokenizer.decode
-    piece = ["Q1.", "Q2.", "Q3.", "7", " mod ", "\n", "≠ é", "<predicted_level>"]
+    piece = ["Q1.", "Q2.", "Q3.", "7", " mod ", "\n", "≡ é", "<predicted_level>"]
     for _ in range(60):
         words = "".join(rng.choices(piece, weights=[1, 1, 1, 9, 5, 3, 3, 2], k=rng.randint(3, 60)))
         ids, costs = env.encode(words), {1: 0, 2: 0, 3: 0}

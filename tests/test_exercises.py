@@ -3,7 +3,7 @@
 import pytest
 from solutions import SOLUTIONS, WRONG
 
-from roi_lib.teaching.exercises import EXERCISES, check, exercise
+from roi_lib.teaching.exercises import EXERCISES, check
 
 
 def line(capsys, exercise_id, answer):
@@ -55,8 +55,6 @@ def test_hint_does_not_give_the_number_away(capsys):
             assert str(answer) not in line(capsys, key, -1)
 
 
-def test_unknown_and_double_ids_are_refused():
+def test_an_unknown_id_is_refused():
     with pytest.raises(ValueError, match=r"no exercise '99\.9'.*01\.1"):
         check("99.9", 1)
-    with pytest.raises(ValueError, match="twice"):
-        exercise("01.1")(lambda answer: None)

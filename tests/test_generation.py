@@ -155,6 +155,24 @@ def test_nan_logits_stop_with_a_message(tokenizer, prompts, model):
         never.generate(requests)
 
 
+def test_a_request_is_handed_on_as_soon_as_its_rollouts_have_ended(model, tokenizer, either,
+                                                                   prompts):
+    """So that what is logged of a long batch is not lost."""
+    never, steps = type(either)(model, [len(tokenizer) + 7], tokenizer.pad_token_id), []
+
+    class Counts(never.Decoder):
+        def step(self, token):
+            steps.append(len(token))
+            return super().step(token)
+
+    never.Decoder = Counts
+    stream = never.stream([Request(prompts[0], 30, n=2), Request(prompts[1], 3)])
+    (i, (short,)), before = next(stream), len(steps)
+    assert (i, len(short.ids), before) == (1, 3, 2)
+    ((i, long),) = stream
+    assert (i, [len(r.ids) for r in long], len(steps)) == (0, [30, 30], 29)
+
+
 def test_bad_requests(either, prompts, refusal):
     for prompt, budget, n in (((1,), 0, 1), ((1,), 5, 0), ((), 5, 1)):
         assert "at least" in refusal(Request, prompt, budget, n=n)
@@ -206,7 +224,7 @@ def test_the_forward_of_our_own_is_that_of_the_model(tokenizer, prompts, kind, t
     requests = [Request(p, 25 + i, (i,), n=1 + i % 4) for i, p in enumerate(prompts)]
     assert fast.generate(requests, temperature) == plain.generate(requests, temperature)
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not LlamaEngine.fits(model.config)
+    assert not isinstance(engine_for(model, tokenizer), LlamaEngine)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt2", "qwen3"])

@@ -10,9 +10,10 @@ import pytest
 from roi_lib.engines import EngineConfig
 from roi_lib.exams import draw_papers, tag
 from roi_lib.experiments import methods
-from roi_lib.experiments.methods import Comparison, run_method, run_methods
+from roi_lib.experiments.methods import Comparison, alone, find_methods, run_method, run_methods
 from roi_lib.generation import Engine, Rollout, within_budget
-from roi_lib.worlds import ORDERS, POCKET, Method
+from roi_lib.rational import BOUNDS
+from roi_lib.worlds import ORDERS, POCKET, RULES, Method
 
 PAPERS = draw_papers(POCKET, 4)
 
@@ -39,9 +40,9 @@ class Honest(Engine):
 @pytest.mark.parametrize(("budget", "charged", "hard", "sat"), [
     (64, False, 2, "easy medium"), (160, False, 2, "easy medium hard"), (15, False, 2, ""),
     (64, True, 2, "easy"), (79, True, 2, "easy medium"), (30, True, 2, ""), (20, True, 2, ""),
-    (500, False, 3, "easy medium")])  # the skip level is never chosen
+    (320, False, 3, "easy medium")])  # the skip level is never chosen
 def test_greedy_knapsack_against_a_plain_computation(env, budget, charged, hard, sat):
-    """Centroids 16, 48, 96; what is chosen is sat in the paper's order, and mapped back."""
+    """Centroids 16, 40, 88; what is chosen is sat in the paper's order, and mapped back."""
     levels, left, rows = {"easy": 0, "medium": 1, "hard": hard}, budget - 15 * charged, []
     comparison, method = Comparison(POCKET, PAPERS), Method("none", "roi", charged=charged)
     honest, untagged = Honest(env, levels), Honest(env, {})
@@ -86,43 +87,75 @@ def same(a, b):
     return a.table.equals(b.table) and a.bounds.equals(b.bounds) and a.facts == b.facts
 
 
-def test_workers_change_nothing_and_repetitions_neither():
-    comparison = Comparison(POCKET, PAPERS[:2])
-    one, two = (run_methods(comparison, ["base", "rational", "base"], [16, 24, 16], workers)
-                for workers in (1, 2))
+def test_workers_change_nothing_and_repetitions_neither(small_world):
+    """Policies are read from the bounds of the checkpoint's abilities, and those of each method
+    that sits the exams stand beside it."""
+    comparison = Comparison(small_world, PAPERS[:2])
+    names = ["base", "optimal", "base", "best_rule"]
+    one, two = (run_methods(comparison, names, [16, 24, 16], workers) for workers in (1, 2))
     assert same(one, two) and len(one.table) == 2 * 2 * 3 * 3
-    assert one.bounds.groupby("method").size().to_dict() == {"rational": 12, "rational_tagged": 12}
+    assert one.policies == two.policies == ["optimal", "best_rule"]
+    rows = 2 * 2 * 3 * (len(BOUNDS) + len(RULES))  # papers, budgets, orders
+    assert one.bounds.groupby("abilities").size().to_dict() == {"base": rows, "rarl": rows}
+    assert [one.outcomes[name].cost.shape for name in ("base", "rarl")] == [
+        (2, 3, 1, 4), (2, 3, 3, 4)]
+    assert one.outcomes["base"].cost.max() <= 24, "tried under the largest budget"
+    assert not len(run_methods(comparison, ["base"], [16], 1).bounds), "nobody asked"
 
 
-def test_what_happens_in_a_worker_is_told(refusal):
+def test_abilities_are_those_of_a_checkpoint_that_answers_in_that_way():
+    comparison = Comparison(POCKET, PAPERS)
+    found = {name: comparison.abilities(name) for name in POCKET.methods}
+    plain = dict.fromkeys(("base", "plan_and_solve", "least_to_most"), "base")
+    mft = dict.fromkeys(("mft", "mft_greedy_knapsack", "mft_greedy_knapsack_charged"), "mft")
+    assert found == {"replay": "replay", "brief": "brief"} | plain | mft | dict.fromkeys(
+        ("rarl", *RULES, "best_rule", "optimal"), "rarl")
+    own = replace(comparison, model="some/model")  # for all methods, and so only style tells
+    assert {own.abilities(name) for name in plain} == {"base"}
+    assert own.abilities("brief") == "brief" == alone(POCKET.method("brief")), "as it answers"
+    assert {own.abilities(name) for name in (*mft, "rarl", "optimal")} == {"mft"}
+
+
+def test_names_of_methods_and_of_groups_of_them(small_world, refusal):
+    assert find_methods(POCKET, ["rarl", "rules", "optimal"]) == ["rarl", *RULES, "optimal"]
+    assert find_methods(small_world, ["all"]) == [*POCKET.methods][1:], "replay has no checkpoint"
+    away = replace(POCKET, methods={"base": Method("no-such-folder", "direct")})
+    assert "name methods whose checkpoints the hub has" in refusal(find_methods, away, ["all"])
+    assert "must be one of replay, base" in refusal(find_methods, POCKET, ["rules", "rule"])
+    assert "there is no method to compare" in refusal(find_methods, POCKET, [])
+
+
+def test_what_happens_in_a_worker_is_told(small_world, refusal):
     dying = type("Dying", (), {"__reduce__": lambda _: (os._exit, (1,))})()  # when it is unpickled
-    comparison = Comparison(POCKET, PAPERS[:1], engine=EngineConfig("replay"))
+    comparison = Comparison(small_world, PAPERS[:1], engine=EngineConfig("replay"))
     assert "lacks 1 of 1" in refusal(run_methods, comparison, ["base"], [16], 2)
     comparison = replace(comparison, engine=EngineConfig(options={"max_rows": dying}))
     with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
         run_methods(comparison, ["base"], [16], workers=2)
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_sat(refusal, monkeypatch):
+def test_what_cannot_be_done_is_refused_before_anything_is_sat(small_world, refusal, monkeypatch):
     monkeypatch.setattr(EngineConfig, "make", lambda *_: pytest.fail("an engine was made"))
-    world = replace(POCKET, methods=POCKET.methods | {"mft": Method("no-mft", "roi")})
+    methods = small_world.methods | {"mft": Method("no-mft", "roi")}
+    world = replace(small_world, methods=methods)
     comparison = Comparison(world, PAPERS, samples=3)
     for names, budgets, words in ((["base", "mft"], [64], "needs the checkpoint data/no-mft"),
                                   (["base", "genius"], [64], "'genius'"),
-                                  (["base", "rational"], [64], "give a multiple of 4"),
-                                  (["base"], [64, 4], "budget 4 is smaller")):
+                                  (["base", "optimal"], [64], "give a multiple of 4"),
+                                  (["base"], [64, 4], "budget 4 is smaller"),
+                                  (["replay", "base"], [400, 64], "give at most 320 tokens")):
         assert words in refusal(run_methods, comparison, names, budgets)
     for temperature in (-1.0, math.nan, math.inf):
-        comparison = Comparison(POCKET, PAPERS, temperature=temperature)
+        comparison = Comparison(small_world, PAPERS, temperature=temperature)
         assert "temperature must be 0" in refusal(run_methods, comparison, ["replay"], [64], 2)
 
 
-def test_a_log_is_replayed_and_that_of_another_run_refused(tmp_path, refusal):
-    comparison = Comparison(POCKET, PAPERS[:1], engine=EngineConfig(log=tmp_path))
-    first, log = run_method(comparison, "base", [16]), tmp_path / "base-16.jsonl"
+def test_a_log_is_replayed_and_that_of_another_run_refused(small_world, tmp_path, refusal):
+    comparison = Comparison(small_world, PAPERS[:1], engine=EngineConfig(log=tmp_path))
+    first, log = run_method(comparison, "base", 16), tmp_path / "base-16.jsonl"
     replay = replace(comparison, engine=EngineConfig("replay", log=tmp_path))
-    assert same(run_method(replay, "base", [16]), first)
+    assert same(run_method(replay, "base", 16), first)
     replay = replace(replay, papers=PAPERS[:2])
-    assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", [16])
+    assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", 16)
     log.write_text(log.read_text().replace('"model": "', '"model": "0', 1))
-    assert "log of another run: its model is '0" in refusal(run_method, comparison, "base", [16])
+    assert "log of another run: its model is '0" in refusal(run_method, comparison, "base", 16)

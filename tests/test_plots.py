@@ -7,16 +7,18 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from roi_lib.osmckp import SKIP, Action, Instance, distribution, solve
+from roi_lib.experiments.knapsack import distribution
+from roi_lib.osmckp import SKIP, Action, Instance, solve
 from roi_lib.teaching import plots
 
 matplotlib.use("Agg")
 RECORDS = [{"method": m, "budget": b, "order": o, "score": score, "score_low": score - 0.1,
             "score_high": score + 0.2, "regret": 0.1, "regret_low": 0.0, "regret_high": 0.2,
-            "rational": best, "lost_to_order": 0.25, "plug_in": 1.7, "tokens": 60.0,
+            "bound_statement": best, "lost_to_order": 0.25, "tokens": 60.0,
             "tokens_1": 30.0, "tokens_2": 20.0, "accuracy_1": 0.5, "accuracy_1_low": 0.4,
             "accuracy_2": 0.25}
-           for m, score, best in (("base", 1.0, 1.5), ("mft", 1.6, 1.5), ("rational", 1.5, np.nan))
+           for m, score, best in (("base", 1.0, 1.5), ("mft", 1.6, 1.5),
+                                  ("optimal_statement", 1.5, np.nan))
            for b in (64, 128) for o in ("easy", "medium", "hard")]
 #: 40 problems a method and tier: 30 tried (2 cut), 6 skipped, 4 never reached; half of them right.
 TABLE = pd.concat([pd.DataFrame({
@@ -79,12 +81,10 @@ def test_bars_and_ranges():
     assert np.allclose(sizes(fig.axes[0], "x"), [
         [x, x + 1] for x in (-0.4, -0.4 / 3, 0.4 / 3)]), "centred on their labels"
     assert texts(fig.legends[0].texts) == ["MFT", "other", "third"]
-    stacked = plots.bars(["a", "b"], series, "x", "share", stacked=True)
-    assert sizes(stacked.axes[0], "y") == [[0, 0], [0.25, 0.5], [0.75, 0.75]]
-    left, right = plots.ranges({"one": {"a": (1, 2, 5)}, "two": {"a": (1, 2, 3, 4, 8)}}, "tokens",
-                               columns=2, lines={"edge": 6}, log=True).axes
-    assert xs(left) == [[1, 5], [2], [6, 6]] and xs(right) == [[1, 8], [3], [6, 6]]
-    assert sizes(right) == [[2]] and right.get_xscale() == "log" and texts(right.texts) == ["edge"]
+    above, below = plots.ranges({"one": {"a": (1, 2, 5)}, "two": {"a": (1, 2, 3, 4, 8)}}, "tokens",
+                                lines={"edge": 6}, log=True).axes
+    assert xs(above) == [[1, 5], [2], [6, 6]] and xs(below) == [[1, 8], [3], [6, 6]]
+    assert sizes(below) == [[2]] and below.get_xscale() == "log" and texts(below.texts) == ["edge"]
 
 
 def test_figures_of_the_knapsack():
@@ -113,15 +113,16 @@ def test_what_is_earned_and_lost():
 
 
 def test_sweeps():
-    rows = [r | {"x": x} for x in ("easy-hard", "hard-hard") for r in RECORDS]
-    (ax,) = plots.sweep_lines(rows, "tiers", budget=64, orders=("hard",)).axes
-    assert texts(ax.get_xticklabels()) == ["easy\nhard", "hard\nhard"]
-    band = next(c for c in ax.collections if hasattr(c, "get_datalim") and c.get_alpha() == 0.25)
-    assert band.get_paths()[0].vertices[:, 1].max() == 1.7, "up to the plug-in side"
-    left, right = plots.sweep_lines([r | {"x": r["budget"]} for r in RECORDS], "budget",
-                                    value="regret", ylabel="Regret").axes
-    assert left.get_xticks().tolist() == [64, 128] and left.get_ylabel() == "Regret"
-    assert right.get_title("left") == "hard order" and not right.get_ylabel()
+    rows = [r | {"x": r["budget"]} for r in RECORDS]
+    left, right = plots.sweep_lines(rows, "budget").axes
+    assert left.get_xticks().tolist() == [64, 128] and left.get_title("left") == "easy order"
+    assert left.get_ylabel() and not right.get_ylabel()
+    base, mft, optimal = right.containers
+    ends = [bar[2][0].get_segments()[0][:, 1] for bar in (base, mft)]
+    assert np.allclose(ends, [[0.9, 1.2], [1.5, 1.8]]) and not optimal[2], "a bound has none"
+    assert optimal[0].get_ydata().tolist() == [1.5, 1.5]
+    (ax,) = plots.sweep_lines(rows, "budget", ["hard"], "regret", "Regret").axes
+    assert ax.lines[0].get_ydata().tolist() == [0.1, 0.1] and ax.get_ylabel() == "Regret"
 
 
 def test_where_tokens_go():
@@ -147,9 +148,9 @@ def test_tokens_levels_and_answers_of_problems():
     assert sizes(fig.axes[0], "height") == [[0, 0, 0, 0.5, 0.5, 0, 0]] * 2
     (ax,) = plots.position_accuracy(TABLE, 64, ["hard"]).axes
     assert ax.lines[0].get_ydata().tolist() == [0.5] * 3 and ax.get_xticks().tolist() == [1, 2, 3]
-    (ax,) = plots.level_shares([{"family": "bus", "tier": "hard", "level_0": 0.5, "level_1": 0.25,
+    (ax,) = plots.level_shares([{"family": "tram", "tier": "hard", "level_0": 0.5, "level_1": 0.25,
                                  "level_2": 0.21, "level_3": 0.04, "solve_rate": 0.87}]).axes
-    assert texts(ax.get_yticklabels()) == ["bus (hard)  0.87"]
+    assert texts(ax.get_yticklabels()) == ["tram (hard)  0.87"]
     assert texts(ax.texts) == ["50%", "25%", "21%", ""], "too narrow for its share"
     (ax,) = plots.confusion_matrix([[15, 5], [3, 3]]).axes
     assert texts(ax.texts) == ["15\n75%", "5\n25%", "3\n50%", "3\n50%"]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from roi_lib.exams import Exam, draw_papers, tag
 from roi_lib.generation import Rollout
 from roi_lib.rarl import advantages, batch_gradient, policy_loss
 from roi_lib.sitting import responses, tabulate
-from roi_lib.training.rarl import describe, logprob_gap
+from roi_lib.training.rarl import THIRDS, describe, logprob_gap
 from roi_lib.worlds import POCKET
 
 NAN = float("nan")
@@ -25,9 +26,9 @@ SKIP = f"{tag(3)} \\boxed{{NA}}"
 @pytest.fixture(scope="module")
 def rollouts(env):
     """Two groups of a random model's rollouts, of many lengths, with spread in their rewards."""
-    exams, budget = rarl.training_exams(POCKET, SMALL_RARL, 0)
+    exams = rarl.training_exams(POCKET, SMALL_RARL, 0)[0]
     engine = engine_for(tiny_model(env.tokenizer).float(), env.tokenizer)
-    table = rarl.roll_out(env, engine, exams, budget, SMALL_RARL, 0)
+    table = rarl.roll_out(env, engine, exams, [16, 24], SMALL_RARL, 0)
     table["ids"] = [ids[: max(1, len(ids) - 3 * k)]
                     for ids, k in zip(table["ids"], table["rollout"], strict=True)]
     table["reward"] = token_rewards(table)
@@ -89,9 +90,29 @@ def test_hacks_earn_no_more_than_they_solve(env, right):
 def test_the_log_leaves_out_what_it_cannot_count(env, right):
     whole, skips = sat(env, right), sat(env, [SKIP] * 3)
     cut = sat(env, right, budget=int(whole["tokens"][0]) - 8)
-    row = describe(pd.concat([whole, cut.assign(rollout=1)]).assign(reward=0.0))
+    row = describe(pd.concat([whole, cut.assign(rollout=1)]).assign(reward=0.0), [512])
     assert row["level_accuracy"] == 1 and row["score"] == 2.5 and row["cut"] == 0.5
-    assert pd.isna(describe(skips.assign(reward=0.0))["accuracy"])  # no answer was given
+    nothing = describe(skips.assign(reward=0.0), [512])
+    assert pd.isna(nothing["accuracy"]) and pd.isna(nothing["level_small"])  # no answer was given
+
+
+def test_skips_and_efforts_are_told_apart_by_thirds_of_the_budgets(env, right):
+    """Of 40 to 99 tokens up to 59 are small and from 80 on large; each has a column of its own."""
+    table = pd.concat([sat(env, answers).assign(exam=i, budget=budget, reward=0.0)
+                       for i, (budget, answers) in enumerate([
+                           (40, [SKIP] * 3), (59, [*right[:2], SKIP]), (60, [SKIP, *right[1:]]),
+                           (79, right), (80, right), (99, right), (99, right)])])
+    row = describe(table, range(40, 100))
+    levels = table["predicted"].tolist()
+    assert [row[f"skip_{third}"] for third in THIRDS] == [1, 0, 0]
+    assert row["level_small"] == sum(levels[3:5]) / 2 and row["skip_hard"] == 2 / 7
+    assert row["level_middle"] == sum(levels[7:12]) / 5 != row["level_large"]
+    assert row["level_large"] == sum(levels[12:15]) / 3
+    assert (row["budget"], row["score"]) == (pytest.approx(516 / 7), pytest.approx(16 / 7))
+    untagged = sat(env, [f"\\boxed{{{p.answer}}}" for p in EXAM.problems]).assign(reward=0.0)
+    alone = describe(untagged, [512])
+    assert alone["skip_small"] == 0 and pd.isna(alone["level_small"]), "there is no tag"
+    assert pd.isna(alone["skip_middle"]) and pd.isna(alone["skip_large"])
 
 
 def test_advantages_are_rewards_minus_the_mean_of_the_group():
@@ -171,12 +192,44 @@ def test_groups_without_spread_are_left_out_and_counted(tiny, rollouts):
     assert all(p.grad is None for p in tiny.parameters())
 
 
+@torch.no_grad()
+def entropies(model, row, temperature, ids):
+    """Entropy in nats where each of these tokens stands in a response."""
+    logits = model(torch.tensor([[*row.prompt, *row.ids]])).logits[0, len(row.prompt) - 1 : -1]
+    p = torch.softmax(logits / temperature, -1)
+    found = -(p * p.log()).sum(-1)
+    return [float(nats) for nats, token in zip(found, row.ids, strict=True) if token in ids]
+
+
+def test_entropy_of_tokens_and_of_levels_by_hand(env, tiny, right):
+    """Every rollout counts, also where two are the same; the groups' means weigh the same, and one
+    without spread has none. Levels are few: a tag's other tokens are no choice."""
+    groups = [[right, right, [SKIP] * 3, right[:1]], [[SKIP, *right[1:]], right, [SKIP], [SKIP]],
+              [right, right, right, [SKIP] * 3]]
+    tables = [pd.concat([sat(env, [*answers, *["2"] * (3 - len(answers))]).assign(rollout=k)
+                         for k, answers in enumerate(group)]) for group in groups]
+    prompt = env.prompt(EXAM, 256, "roi")
+    table = pd.concat([some.assign(exam=i, prompt=[prompt] * len(some))
+                       for i, some in enumerate(tables)])
+    table["reward"] = table["correct"].astype(float).where(table["exam"] < 2, 1.0)
+    recipe = replace(SMALL_RARL, temperature=0.7)
+    found = batch_gradient(tiny, table, recipe, level_ids=env.level_ids)
+    for name, ids in (("level_entropy", env.level_ids), ("entropy", range(len(env.tokenizer)))):
+        means = [sum(sum(some, [])) / len(sum(some, [])) for some in (
+            [entropies(tiny, row, 0.7, ids) for row in responses(table[table["exam"] == i])
+             .itertuples()] for i in (0, 1))]
+        assert found[name] == pytest.approx(sum(means) / 2, rel=1e-4), name
+    assert found["no_spread"] == pytest.approx(1 / 3)
+    assert found["level_entropy"] != pytest.approx(found["entropy"], rel=1e-3)
+    assert pd.isna(batch_gradient(tiny, table, recipe)["level_entropy"]), "no token is a level"
+
+
 def test_numbers_that_are_none_stop_before_the_update(env, tiny, rollouts, monkeypatch):
     monkeypatch.setattr(rarl, "problem_rewards", token_rewards)
     engine, optimizer = engine_for(tiny, env.tokenizer), torch.optim.AdamW(tiny.parameters())
     hook = tiny.model.norm.weight.register_hook(lambda found: found * NAN)
     before = copy.deepcopy(tiny.state_dict())
-    with pytest.raises(FloatingPointError, match="the gradient is nan at step 0, budget 16; lower"):
+    with pytest.raises(FloatingPointError, match="the gradient is nan at step 0; lower"):
         rarl.train_step(env, tiny, engine, optimizer, SMALL_RARL, 0)
     assert all(torch.equal(before[name], value) for name, value in tiny.state_dict().items())
     hook.remove()
@@ -184,7 +237,7 @@ def test_numbers_that_are_none_stop_before_the_update(env, tiny, rollouts, monke
         tiny.model.layers[0].mlp.down_proj.weight[0, 0] = NAN
     with pytest.raises(FloatingPointError, match="loss is nan at step 7, exam 0"):
         batch_gradient(tiny, rollouts, SMALL_RARL, step=7)
-    with pytest.raises(FloatingPointError, match="step 5, sampling 2 exams under budget 24: the"):
+    with pytest.raises(FloatingPointError, match="step 5, sampling 2 exams: the"):
         rarl.train_step(env, tiny, engine, optimizer, SMALL_RARL, 5)
 
 
@@ -206,9 +259,62 @@ def test_a_sampler_that_is_another_policy_is_noticed(env, tiny, rollouts):
         assert logprob_gap(tiny, stale, group) > 0.01
 
 
+# ---------------------------------------------------------------- exams and rollouts
 def test_exams_follow_from_seed_and_step_alone():
     steps = [rarl.training_exams(POCKET, POCKET.rarl, step) for step in (0, 1, 2)]
     assert rarl.training_exams(POCKET, POCKET.rarl, 1) == steps[1] and steps[1][0] != steps[2][0]
-    assert rarl.training_exams(POCKET, replace(POCKET.rarl, seed=1), 1)[0] != steps[1][0]
+    other = rarl.training_exams(POCKET, replace(POCKET.rarl, seed=1), 1)
+    assert other[0] != steps[1][0] and other[1] != steps[1][1]
     assert {exam.order for exam in steps[0][0]} == {"hard", "medium", "easy"}
-    assert [(len(exams), budget) for exams, budget in steps] == [(16, 64), (16, 128), (16, 128)]
+    for exams, budgets in steps:
+        assert len(exams) == len(budgets) == 20 and len({*budgets}) > 10, "each has its own"
+        assert len({exam.problems for exam in exams}) == 20
+
+
+def test_budgets_and_sizes_are_those_of_the_recipe_and_some_are_never_drawn():
+    """What is done under 72, 144 and 208 tokens was never learned, in no stage."""
+    held_out = {72, 144, 208}
+    assert not held_out & {*POCKET.rarl.budgets, *POCKET.mft.budgets}
+    assert {*range(40, 257)} - held_out == {*POCKET.mft.budgets} > {*POCKET.rarl.budgets}
+    trained = sorted(POCKET.rarl.budgets)  # in equal ratios, so that large ones leave gaps
+    assert trained[0] == 40 and trained[-1] == 256
+    assert max(b / a for a, b in pairwise(trained)) < 1.05
+    drawn = [rarl.training_exams(POCKET, POCKET.rarl, step) for step in range(25)]
+    budgets = [budget for _, some in drawn for budget in some]
+    sizes = [len(exam.problems) for exams, _ in drawn for exam in exams]
+    assert not held_out & {*budgets} and min(budgets) < 50 and max(budgets) > 246
+    for size, weight in POCKET.rarl.sizes:
+        assert sizes.count(size) / 500 == pytest.approx(weight / 7, abs=0.07)
+    assert {*sizes} == {2, 3, 4, 5}
+    test = {p.id for paper in draw_papers(POCKET, 100, seed=0) for p in paper}
+    assert not test & {p.id for exams, _ in drawn for exam in exams for p in exam.problems}
+
+
+def test_a_step_can_have_one_budget_for_all_its_exams(refusal):
+    recipe = replace(POCKET.rarl, budget_for="step", exams=4, sizes=((3, 1.0),))
+    steps = [rarl.training_exams(POCKET, recipe, step) for step in range(12)]
+    assert all(len({*budgets}) == 1 and len(budgets) == 4 for _, budgets in steps)
+    assert len({budgets[0] for _, budgets in steps}) > 8
+    each = [rarl.training_exams(POCKET, replace(recipe, budget_for="exam"), step)
+            for step in range(12)]
+    assert [exams for exams, _ in each] == [exams for exams, _ in steps], "nothing else changes"
+    assert "exam, step, not 'paper'" in refusal(replace, recipe, budget_for="paper")
+
+
+@pytest.mark.parametrize(("cut", "budgets", "longest"), [
+    (True, (16, 24), (16, 24)), (False, (16, 24), (48, 48)), (False, (16, 250), (320, 320))])
+def test_rollouts_end_at_their_budget_or_uncut_at_twice_the_largest(env, engine, cut, budgets,
+                                                                   longest):
+    """Or where the world's budgets end; the prompt states the exam's own all the same."""
+    exams, _ = rarl.training_exams(POCKET, SMALL_RARL, 0)
+    recipe = replace(SMALL_RARL, cut=cut, budgets=budgets)
+    whole = responses(rarl.roll_out(env, engine, exams, budgets, recipe, 0))
+    for (_, own), exam, budget, most in zip(whole.groupby("exam"), exams, budgets, longest,
+                                            strict=True):
+        assert set(own["prompt"]) == {env.prompt(exam, budget, "roi")}
+        assert set(own["budget"]) == {budget} and (own["tokens"] <= most).all()
+        assert (own["tokens"][~own["finished"]] == most).all()
+    if not cut:
+        assert (whole["tokens"] > whole["budget"]).any()
+    one = rarl.roll_out(env, engine, exams[1:], budgets[1:], recipe, 0, [1])
+    assert responses(one)["ids"].tolist() == whole["ids"][whole["exam"] == 1].tolist()

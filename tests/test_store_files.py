@@ -232,10 +232,10 @@ def test_a_manifest_of_any_content_is_one_sentence(tmp_path, text, refusal):
 
 
 def test_two_processes_never_share_a_folder(tmp_path):
-    code = ("from pathlib import Path; from roi_lib.store.files import folder_lock\n"
-            f"with folder_lock(Path({str(tmp_path)!r})): print('held')")
+    code = ("from pathlib import Path; from roi_lib.store.files import lock\n"
+            f"with lock(Path({str(tmp_path)!r})): print('held')")
     (tmp_path / ".lock").write_text("of the user")
-    with files.folder_lock(tmp_path):
+    with files.lock(tmp_path):
         second = run(code)
     assert "another process is writing" in second.stderr and not second.stdout
     assert run(code).stdout == "held\n" and (tmp_path / ".lock").read_text() == "of the user"

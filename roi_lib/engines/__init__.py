@@ -53,8 +53,3 @@ class EngineConfig:
             header["request"] = sorted(self.options["request"]) or None
         log = RunLog(self.log / f"{what}.jsonl", header, vocabulary) if self.log else None
         return LoggedEngine(engine, log, what if self.progress else None)
-
-
-def make_engine(name: str, checkpoint: str, tokenizer, dtype: str = "auto", **options) -> Engine:
-    """The engine of that name for a checkpoint; see `EngineConfig`."""
-    return EngineConfig(name, options, dtype=dtype).make(checkpoint, tokenizer, dtype)

@@ -169,15 +169,12 @@ class LlamaEngine(TorchEngine):
 
     Decoder = LlamaDecoder
 
-    @classmethod
-    def fits(cls, config) -> bool:
-        """Whether `forward` is that of the model: known layers, no sliding window."""
-        layers = getattr(config, "layer_types", None) or ["full_attention"]
-        return config.model_type in ("llama", "qwen2") and set(layers) == {"full_attention"}
-
 
 def engine_for(model, tokenizer, **options) -> TorchEngine:
-    """The torch engine of a model: a `LlamaEngine` where it fits; see `check_tokenizer`."""
-    check_tokenizer(model.config, tokenizer, model.name_or_path or "the model")
-    kind = LlamaEngine if LlamaEngine.fits(model.config) else TorchEngine
-    return kind.of(model, tokenizer, **options)
+    """The torch engine of a model: a `LlamaEngine` where `forward` is that of the model (known
+    layers, no sliding window); see `check_tokenizer`."""
+    config = model.config
+    check_tokenizer(config, tokenizer, model.name_or_path or "the model")
+    fits = config.model_type in ("llama", "qwen2") and set(
+        getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    return (LlamaEngine if fits else TorchEngine).of(model, tokenizer, **options)

@@ -14,21 +14,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
+from roi_lib.store.files import lock
 
 ENOUGH = 8  # requests: if the first so many all fail, others will
 BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
-
-
-def request_key(request: Request, temperature: float) -> str:
-    """A hash of user message, budget, seed, number of rollouts and temperature; of the prompt's
-    ids only where there is no message, for a chat template may write a date into them."""
-    words = [request.message or list(request.prompt), request.budget, list(request.seed),
-             request.n, float(temperature)]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
 
 
 def read_rollout(row: dict, vocabulary: int) -> Rollout:
@@ -56,20 +48,18 @@ class RunLog:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                if number > 1:
-                    if set(dict(row)) != {"key", "failed"}:
-                        self.rows[row["key"]] = [read_rollout(r, vocabulary)
-                                                 for r in row["rollouts"]]
-                    continue
-                found = dict(row["run"])
+                if number == 1:
+                    found = dict(row["run"])
+                elif set(dict(row)) != {"key", "failed"}:
+                    self.rows[row["key"]] = [read_rollout(r, vocabulary) for r in row["rollouts"]]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not a line of a run log ({error}); "
                                  "remove the line or the file") from error
-            for key, value in header.items():
-                wanted = value if isinstance(value, tuple) else (value,)
-                if found.get(key) not in wanted:
-                    raise ValueError(f"{path} is the log of another run: its {key} is "
-                                     f"{found.get(key)!r}, not {wanted[0]!r}; name another folder")
+        for key, value in header.items() if lines else ():
+            wanted = value if isinstance(value, tuple) else (value,)
+            if found.get(key) not in wanted:
+                raise ValueError(f"{path} is the log of another run: its {key} is "
+                                 f"{found.get(key)!r}, not {wanted[0]!r}; name another folder")
 
     def read(self, key: str, request: Request) -> list[Rollout]:
         """The rollouts of a request, cut to its budget; `ValueError`: another number of them."""
@@ -85,15 +75,11 @@ class RunLog:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Keep the file to this process; `ValueError`: another one is writing it."""
-        try:  # the lock goes with the process, however it ends
-            with FileLock(f"{self.path}.lock", timeout=0) if self.path else nullcontext():
-                if self.path and self.path.exists():
-                    with self.path.open("rb+") as stream:  # a line cut short may be there
-                        stream.truncate(stream.read().rfind(b"\n") + 1)
-                yield
-        except Timeout as error:
-            raise ValueError(f"another process is writing {self.path}; wait for it, or name "
-                             "another folder with --log") from error
+        with lock(self.path) if self.path else nullcontext():
+            if self.path and self.path.exists():
+                with self.path.open("rb+") as stream:  # a line cut short may be there
+                    stream.truncate(stream.read().rfind(b"\n") + 1)
+            yield
 
     def append(self, key: str, rollouts: Sequence[Rollout]) -> None:
         """Keep the rollouts of one request, on disk when this returns, but of a failed one, which
@@ -122,7 +108,12 @@ class LoggedEngine(Engine):
 
     def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
         """See `Engine`; `ValueError`: a replay of what is not in the log, or a log in use."""
-        keys, known = [request_key(request, temperature) for request in requests], self.log.rows
+        # All that decides a response; of the prompt the ids only where there is no user message,
+        # for a chat template may write a date into them.
+        words = [[r.message or list(r.prompt), r.budget, list(r.seed), r.n, float(temperature)]
+                 for r in requests]
+        keys = [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:24] for row in words]
+        known = self.log.rows
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.engine is None:
             raise ValueError(f"{self.log.path or 'no --log: it'} lacks {len(missing)} of "

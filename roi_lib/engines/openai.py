@@ -102,6 +102,9 @@ class OpenAIEngine(Engine):
         """See `Engine`. `ValueError`: no use in going on (key, model, quota). Before it, and after
         Ctrl-C, comes what is under way, within `timeout`; a second Ctrl-C aborts."""
         self._events, done, error = SimpleQueue(), [{} for _ in requests], None
+        if self.api == "chat" and not all(request.message for request in requests):
+            raise ValueError("a chat server begins an answer with its own words; to begin with "
+                             "others, as exact policies and rules do, take --api completions")
         self._slots, self._halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
         usual = signal.getsignal(signal.SIGINT)
         ours = threading.current_thread() is threading.main_thread() and callable(usual)
@@ -124,7 +127,6 @@ class OpenAIEngine(Engine):
                     job = asked.pop(event, None)
                     if trouble := event.exception() if job else event:
                         error = error or trouble
-                        portal.call(self._halt.set)
                         if isinstance(trouble, KeyboardInterrupt):
                             print(f"waiting {self.timeout:g} s at most for what is under way; "
                                   "Ctrl-C again gives it up", file=sys.stderr)
@@ -158,7 +160,7 @@ class OpenAIEngine(Engine):
                     return await self._try(request, body)
                 except FailedTry as failure:
                     reason, again, seconds = failure.args
-                except ValueError:
+                except Exception:  # at once: no other request may begin a try
                     self._halt.set()
                     raise
                 if attempt == self.retries or not again:

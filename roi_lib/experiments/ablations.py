@@ -1,7 +1,7 @@
 """What each choice of RARL is worth: the same recipe with one thing changed, all in one table."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from roi_lib.exams import draw_papers
 from roi_lib.experiments.diagnosis import diagnose
 from roi_lib.store.checkpoints import load_environment, load_model
-from roi_lib.store.files import check_file, read_csv, write_csv
+from roi_lib.store.files import check_file, write_csv
 from roi_lib.training.rarl import PAPERS_SEED, measure, train
 from roi_lib.worlds import RARLRecipe, World, check_choice
 
@@ -27,13 +27,17 @@ ABLATIONS = {
                   lambda r: {}, "base"),
     "answer_only": ("without the condition on the level, tags are free to drift",
                     lambda r: {"reward": "answer"}, "mft"),
+    "uncut": ("right answers alone are rewarded, and no budget cuts them: nothing is scarce",
+              lambda r: {"reward": "answer", "cut": False}, "mft"),
+    "budget_for_step": ("one budget for all exams of a step: within it, nothing tells them apart",
+                        lambda r: {"budget_for": "step"}, "mft"),
     "skip_bonus": ("a small reward for a right skip", lambda r: {"reward": "skip_bonus"}, "mft"),
     "grpo": ("GRPO's two normalisers instead of Dr. GRPO",
              lambda r: {"scale": "std", "normalizer": "length"}, "mft"),
     "high_rate": ("ten times the learning rate: the policy collapses",
                   lambda r: {"learning_rate": 10 * r.learning_rate}, "mft"),
-    "single_budget": ("the smallest budget only: too many skips under the others",
-                      lambda r: {"budgets": (min(r.budgets),)}, "mft"),
+    "single_budget": ("one small budget only: too many skips under the others",
+                      lambda r: {"budgets": (64,)}, "mft"),
 }
 COLUMNS = ["variant", "budget", "order", "score", "score_low", "score_high", "regret", "regret_low",
            "regret_high", "skip_easy", "skip_medium", "skip_hard", "answers_tagged_right",
@@ -60,53 +64,29 @@ def run_variant(world: World, name: str, recipe: RARLRecipe, work: Path, n_paper
 
 def ablate(world: World, recipe: RARLRecipe, work: Path, out: Path, names: Sequence[str] = (),
            n_papers: int = 400, jobs: int = 2, threads: int = 1,
-           pools: tuple = (None, None)) -> pd.DataFrame:
+           pools: tuple = (None, None)) -> None:
     """Run variants (all, unless named), `jobs` at a time with `threads` each, or go on in `work`.
     The table goes to `out`, TABLE.csv, logs to TABLE/NAME.csv. `pools`: to train and measure on.
     `ValueError`: unknown name, or a variant that failed, once the others are done."""
     names = list(names or ABLATIONS)
     for name in names:
         check_choice("variant", name, ABLATIONS)
-    check_table(out, names)
+    check_file(out)
+    if (logs := out.with_suffix("")) == out:
+        raise ValueError(f"the logs go to a folder {out}; give the table another --out, as x.csv")
+    for name in names if logs.exists() else ():
+        check_file(logs / f"{name}.csv")
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as executor:
         runs = {name: executor.submit(run_variant, world, name, recipe, work, n_papers, threads,
                                       pools) for name in names}
         list(tqdm(as_completed(runs.values()), "variants", len(runs)))  # waits, with a bar
     failed = {name: run.exception() for name, run in runs.items() if run.exception()}
     if done := [name for name in runs if name not in failed]:
-        table = write_table(out, (runs[name].result() for name in done), {
-            name: work / name / "log.csv" for name in done if ABLATIONS[name][1] is not None})
+        tables = [runs[name].result() for name in done]
+        write_csv(out, pd.concat(tables).reindex(columns=COLUMNS).round(4))
+        logs.mkdir(exist_ok=True)
+        for name in done:
+            if (log := work / name / "log.csv").exists():  # all but the start have one
+                shutil.copy(log, logs / f"{name}.csv")
     for name, error in failed.items():
         raise ValueError(f"{name} failed ({error}); run the same command again") from error
-    return table
-
-
-def write_seeds(checkpoints: Sequence[tuple[int, Path]], out: Path) -> None:
-    """Checkpoints of RARL, (seed of the training, folder), in one table; the start, the same for
-    all, comes once, and the logs become TABLE/SEED.csv. `OSError`: no `exam.csv` or `log.csv`."""
-    tables = []
-    check_table(out, [str(seed) for seed, _ in checkpoints])
-    for seed, folder in checkpoints:
-        rows = read_csv(folder / "exam.csv", ["method"]).rename(columns={"method": "variant"})
-        rows["seed"] = rows["variant"].map({"rarl": seed}).astype("Int64")
-        tables.append(rows[rows["variant"] != "start"] if tables else rows)
-    write_table(out, tables, {str(seed): folder / "log.csv" for seed, folder in checkpoints})
-
-
-def check_table(out: Path, names: Sequence[str]) -> None:
-    """Refuse, before the work, a table or logs that could not be written or are not ours."""
-    check_file(out)
-    if (logs := out.with_suffix("")) == out:
-        raise ValueError(f"the logs go to a folder {out}; give the table another --out, as x.csv")
-    for name in names if logs.exists() else ():
-        check_file(logs / f"{name}.csv")
-
-
-def write_table(out: Path, tables: Iterable[pd.DataFrame], logs: dict[str, Path]) -> pd.DataFrame:
-    """Write tables as one, in one piece, and the logs into the folder of its name."""
-    table = pd.concat(tables).reindex(columns=COLUMNS).round(4)
-    write_csv(out, table)
-    out.with_suffix("").mkdir(parents=True, exist_ok=True)
-    for name, log in logs.items():
-        shutil.copy(log, out.with_suffix("") / f"{name}.csv")
-    return table

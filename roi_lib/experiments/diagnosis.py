@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from roi_lib.store.files import read_csv
 from roi_lib.training.rarl import COLUMNS, LARGEST_GAP
@@ -19,9 +18,18 @@ Finding = namedtuple("Finding", "cause evidence remedy")
 WINDOW = 12  # rows at each end, at most: two or three budgets in turn weigh the same at both
 
 
-def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Finding]:
-    """The causes that fit, the more fundamental first, from the columns' means over the first and
-    the last rows and their largest values (NaN, which no comparison holds for: not measured)."""
+def diagnose(log: Path) -> list[Finding]:
+    """The known causes that fit a training log, the more fundamental first; `ValueError` where it
+    is none, or has no row. NaN, for which no comparison holds, is what was not measured."""
+    rows = read_csv(log, COLUMNS)
+    if rows.empty:
+        raise ValueError(f"{log} has no step yet; let the training do a few")
+    rows = rows[list(COLUMNS)]
+    if words := list(rows.select_dtypes(exclude="number")):
+        raise ValueError(f"{log} holds a field that is no number, in column {words[0]!r}; restore "
+                         "it, or run the training again")
+    width = max(1, min(WINDOW, len(rows) // 2))
+    first, last, largest = rows[:width].mean(), rows[-width:].mean(), rows.max()
     reward = f"reward {last.reward:.2f}"
     level = ("no answer with a level tag" if np.isnan(last.level_accuracy)
              else f"level_accuracy {last.level_accuracy:.2f}")
@@ -46,22 +54,17 @@ def findings(first: pd.Series, last: pd.Series, largest: pd.Series) -> list[Find
          f"{level}, with score {last.score:.2f} and {reward}",
          "start from an MFT checkpoint, with the prompting style that it was trained on; check the "
          "level edges against the costs, tag included"),
+        (last.skip_small - last.skip_large < 0.1 and not last.level_large - last.level_small >= 0.2,
+         "budgets not told apart", "one rule for all: " + ", ".join(
+             f"{name} {last[name]:.2f}" for name in (
+                 "skip_small", "skip_large", "level_small", "level_large")),
+         "draw a budget for each exam (budget_for exam), and start from an MFT whose rows were "
+         "chosen under their budgets (combinations); state the budget last, as one number"),
+        (last.level_entropy < 0.01, "no choice left",
+         f"level_entropy {last.level_entropy:.3f} nats", "an earlier checkpoint, a lower rate"),
         (last.no_spread > 0.9, "no spread", f"no_spread {last.no_spread:.2f} with {reward}",
          "more rollouts an exam; exams that the model solves now and then; temperature 1")]
     return [Finding(*words) for fits, *words in checks if fits]
-
-
-def diagnose(log: Path) -> list[Finding]:
-    """The known causes that fit a training log; `ValueError` where it is none, or has no row."""
-    rows = read_csv(log, COLUMNS)
-    if rows.empty:
-        raise ValueError(f"{log} has no step yet; let the training do a few")
-    rows = rows[list(COLUMNS)]
-    if words := list(rows.select_dtypes(exclude="number")):
-        raise ValueError(f"{log} holds a field that is no number, in column {words[0]!r}; restore "
-                         "it, or run the training again")
-    width = max(1, min(WINDOW, len(rows) // 2))
-    return findings(rows[:width].mean(), rows[-width:].mean(), rows.max())
 
 
 def report(found: Sequence[Finding]) -> str:

@@ -2,9 +2,9 @@
 
 import os
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
 from multiprocessing import get_context
@@ -13,17 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from roi_lib.engines import EngineConfig
+from roi_lib.engines import EngineConfig, LoggedEngine
 from roi_lib.engines.replay import reference_engine
 from roi_lib.exams import Environment, Exam, in_orders
 from roi_lib.generation import Engine, Rollout
 from roi_lib.osmckp import greedy_knapsack
 from roi_lib.problems import Problem
-from roi_lib.rational import SAMPLES, Outcomes, check_samples, rational_bounds, sample_outcomes
+from roi_lib.rational import SAMPLES, Outcomes, bounds, check_samples, sample_outcomes
 from roi_lib.sitting import COLUMNS, sit, tabulate
 from roi_lib.store.checkpoints import load_environment, locate
 from roi_lib.store.files import CheckpointError
-from roi_lib.worlds import ORDERS, SKIP_ANSWER, Method, World
+from roi_lib.worlds import ORDERS, RULES, SKIP_ANSWER, Method, World
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Comparison:
     model: str | None = None  # checkpoint instead of the methods' own
     tokenizer: str | None = None  # instead of the checkpoint's
     engine: EngineConfig = EngineConfig()
-    samples: int = SAMPLES  # attempts a problem by which the rational method goes
+    samples: int = SAMPLES  # attempts a problem and effort behind bounds and rules
     orders: tuple[str, ...] = ORDERS  # in which the papers are sat
 
     def exams(self, order: str) -> list[Exam]:
@@ -58,69 +58,84 @@ class Comparison:
                                   "python -m roi_lib train --help), or leave the method out")
         return own
 
+    def abilities(self, name: str) -> str:
+        """The first method with the checkpoint of this one that answers alone as it does (with
+        tags, in brief): it stands for what the two can do, and so for their bounds and rules."""
+        own = self.world.method(name)
+        return name if own.checkpoint is None else next(
+            other for other, method in self.world.methods.items() if method.checkpoint
+            and (self.model or method.checkpoint == own.checkpoint) and alone(method) == alone(own))
+
     def environment(self, name: str) -> Environment:
         """World and tokenizer of a method; a server's chat is charged as the world's."""
         chat = self.engine.name == "openai" and self.engine.options.get("api") == "chat"
         return load_environment(self.world, None if chat else self.checkpoint(name), self.tokenizer)
+
+    def answering(self, name: str, env: Environment, title: str, budget: int) -> LoggedEngine:
+        """The engine of a method's checkpoint, behind its log, TITLE-BUDGET."""
+        model = self.checkpoint(name)
+        run = {"world": self.world.name, "model": model, "seed": self.seed,
+               "tokenizer": self.tokenizer}
+        return self.engine.logged(self.engine.make(model, env.tokenizer, self.world.dtype), title,
+                                  budget, run, len(env.tokenizer))
 
 
 @dataclass
 class Results:
     """What came back, of one method or of many."""
     table: pd.DataFrame  # `sitting`'s table without prompts, and with a column `method`
-    bounds: pd.DataFrame  # `rational_bounds`, with `method` in front of its index
-    outcomes: Outcomes | None = None  # the attempts behind the bounds, without tags
+    bounds: pd.DataFrame  # `rational.bounds`, with `abilities` (a method) in front of its index
+    outcomes: dict[str, Outcomes] = field(default_factory=dict)  # abilities -> what is behind them
     facts: dict = field(default_factory=dict)  # (method, budget) -> more columns of its records
-    usage: dict = field(default_factory=dict)  # method -> what a server charged (`Usage`)
+    policies: list[str] = field(default_factory=list)  # methods that are read from the bounds
+    usage: dict = field(default_factory=dict)  # (method, budget) -> what a server charged
 
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
         """Several as one, in their sequence."""
         return cls(pd.concat([p.table for p in parts], ignore_index=True),
                    pd.concat([p.bounds for p in parts]),
-                   next((p.outcomes for p in parts if p.outcomes), None),
+                   dict(ChainMap(*(p.outcomes for p in parts))),
                    dict(ChainMap(*(p.facts for p in parts))),
-                   dict(ChainMap(*(p.usage for p in parts))))
+                   usage=dict(ChainMap(*(p.usage for p in parts))))
 
 
 def find_methods(world: World, names: Sequence[str]) -> list[str]:
-    """The world's methods of these names; "all": every one whose checkpoint is on this machine."""
+    """The world's methods of these names; "rules": all rules of thumb; "all": every method whose
+    checkpoint is on this machine."""
     here = [name for name, method in world.methods.items()
             if method.checkpoint and locate(method.checkpoint)]
     if not names:
         raise ValueError(f"there is no method to compare; name some of {', '.join(world.methods)}")
-    for name in set(names) - {"all"}:
+    for name in set(names) - {"all", "rules"}:
         world.method(name)
     if "all" in names and not here:
         raise ValueError(f"no method of the world {world.name} has its checkpoint on this machine; "
                          "name methods whose checkpoints the hub has, such as --methods base")
-    return [name for word in names for name in (here if word == "all" else [word])]
+    groups = {"all": here, "rules": RULES}
+    return [name for word in names for name in groups.get(word, [word])]
 
 
-def run_method(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
-    """Let one method sit all papers in the comparison's orders under every budget; `ValueError`:
-    unknown method, checkpoint not to be had, a budget too small, or the log of another run."""
-    world, config, method = comparison.world, comparison.engine, comparison.world.method(name)
-    checkpoint, env = comparison.checkpoint(name), comparison.environment(name)
-    env.check_budget(min(budgets))
+def run_method(comparison: Comparison, name: str, budget: int) -> Results:
+    """Let one method sit all papers in the comparison's orders under a budget; `ValueError`:
+    unknown method, checkpoint not to be had, or the log of another run."""
+    method, env = comparison.world.method(name), comparison.environment(name)
     if method.checkpoint is None:
         exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
-        engine = reference_engine(env, exams, budgets, method.style)
-        engines = dict.fromkeys(budgets, engine)
+        engine = reference_engine(env, exams, [budget], method.style)
     else:
-        engine = config.make(checkpoint, env.tokenizer, world.dtype)
-        run = {"world": world.name, "model": checkpoint, "seed": comparison.seed,
-               "tokenizer": comparison.tokenizer}
-        engines = {budget: config.logged(engine, name, budget, run, len(env.tokenizer))
-                   for budget in budgets}
-    if method.strategy == "rational":
-        return run_rational(comparison, name, env, engines[max(budgets)], budgets)
-    run_one = run_knapsack if method.strategy == "knapsack" else run_whole
-    parts = {b: run_one(comparison, method, env, engines[b], b) for b in budgets}
-    table = pd.concat([table for table, _ in parts.values()], ignore_index=True)
+        engine = comparison.answering(name, env, name, budget)
+    if method.strategy == "knapsack":
+        table, facts = run_knapsack(comparison, method, env, engine, budget)
+    else:  # the paper as one exam, which is what a model does by itself
+        table, facts = pd.concat([
+            sit(env, engine, comparison.exams(order), budget, style=method.style,
+                seed=comparison.seed, temperature=comparison.temperature)
+            for order in comparison.orders], ignore_index=True), {}
+    server = getattr(engine, "engine", None)
     return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
-                   facts={(name, budget): facts for budget, (_, facts) in parts.items()},
-                   usage={name: engine.usage} if hasattr(engine, "usage") else {})
+                   facts={(name, budget): facts},
+                   usage={(name, budget): server.usage} if hasattr(server, "usage") else {})
 
 
 def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],
@@ -128,27 +143,36 @@ def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[
     """All methods under all budgets, in the order of the names, by so many processes (None: as many
     as pay); see `run_method`. `ChildProcessError`: one was killed."""
     names, budgets = list(dict.fromkeys(names)), list(dict.fromkeys(budgets))
-    rational = [name for name in names if comparison.world.method(name).strategy == "rational"]
+    strategies = {name: comparison.world.method(name).strategy for name in names}
+    sat = [name for name in names if strategies[name] not in ("exact", "rule")]
+    able = [] if sat == names else list(dict.fromkeys(
+        comparison.abilities(name) for name in names if comparison.world.method(name).checkpoint))
     checkpoints = [comparison.checkpoint(name) for name in names]
-    if rational:
+    if able:
         check_samples(comparison.samples)
     if not 0 <= comparison.temperature < np.inf:
         raise ValueError(f"temperature must be 0 (greedy) or above, not {comparison.temperature}")
     for name in dict(zip(checkpoints, names, strict=True)).values():
-        comparison.environment(name).check_budget(min(budgets))
+        comparison.environment(name).check_budget(*budgets)
     workers = workers or default_workers(comparison, checkpoints)
-    if workers == 1:
-        return Results.join([run_method(comparison, name, budgets) for name in names])
-    jobs = [(name, part) for name in names
-            for part in ([budgets] if name in rational else [[budget] for budget in budgets])]
+    # Each with its size, for the largest are begun first.
+    jobs = [(budget, partial(run_method, comparison, name, budget))
+            for name in sat for budget in budgets]
+    jobs += [(sum(budgets), partial(run_abilities, comparison, name, budgets)) for name in able]
+    parts = [job() for _, job in jobs] if workers == 1 else run_parallel(jobs, workers)
+    return replace(Results.join(parts), policies=[name for name in names if name not in sat])
+
+
+def run_parallel(jobs: Sequence[tuple[int, Callable[[], Results]]], workers: int) -> list[Results]:
+    """What jobs give, each with its size, by so many processes; all end with the first failure."""
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads,
                                  (max(1, (os.cpu_count() or 1) // workers),)) as pool:
-            running = {i: pool.submit(run_method, comparison, *jobs[i])
-                       for i in sorted(range(len(jobs)), key=lambda i: -sum(jobs[i][1]))}
+            running = {i: pool.submit(jobs[i][1])
+                       for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0])}
             wait(running.values(), return_when=FIRST_EXCEPTION)
             begun = {i: future for i, future in running.items() if not future.cancel()}
-            return Results.join([begun[i].result() for i in sorted(begun)])
+            return [begun[i].result() for i in sorted(begun)]
     except BrokenExecutor as error:
         raise ChildProcessError("a worker process was ended from outside, perhaps for lack of "
                                 "memory; try --workers 1") from error
@@ -164,23 +188,22 @@ def default_workers(comparison: Comparison, checkpoints: Sequence[str | None]) -
     return min(os.cpu_count() or 1, 4) if pays and small else 1
 
 
-def run_whole(comparison: Comparison, method: Method, env: Environment, engine: Engine,
-              budget: int) -> tuple[pd.DataFrame, dict]:
-    """The paper as one exam, which is what a model does by itself."""
-    return pd.concat([sit(
-        env, engine, comparison.exams(order), budget, style=method.style, seed=comparison.seed,
-        temperature=comparison.temperature) for order in comparison.orders], ignore_index=True), {}
+def alone(method: Method) -> str:
+    """The style in which a method answers one problem alone: there is nothing to plan or rate."""
+    return method.style if method.style in ("roi", "brief") else "direct"
 
 
-def run_rational(comparison: Comparison, name: str, env: Environment, engine: Engine,
-                 budgets: Sequence[int]) -> Results:
-    """Attempts under the largest budget, then the exact solution, without and with tags."""
-    outcomes = sample_outcomes(env, engine, comparison.papers, max(budgets), comparison.samples,
-                               comparison.temperature, comparison.seed)
+def run_abilities(comparison: Comparison, name: str, budgets: Sequence[int]) -> Results:
+    """What the checkpoint of a method can do, tried under the largest budget; and the Score of the
+    exact policies and of the rules with these abilities."""
+    env, top = comparison.environment(name), max(budgets)
+    engine = comparison.answering(name, env, f"{name}-abilities", top)
+    outcomes = sample_outcomes(env, engine, comparison.papers, top, comparison.samples,
+                               alone(comparison.world.method(name)), comparison.temperature,
+                               comparison.seed)
     places = {order: comparison.places(order) for order in comparison.orders}
-    bounds = {name: rational_bounds(outcomes, places, budgets),
-              f"{name}_tagged": rational_bounds(outcomes.tagged(), places, budgets)}
-    return Results(pd.DataFrame(), pd.concat(bounds, names=["method"]), outcomes)
+    found = pd.concat({name: bounds(outcomes, places, budgets)}, names=["abilities"])
+    return Results(pd.DataFrame(), found, {name: outcomes})
 
 
 def run_knapsack(comparison: Comparison, method: Method, env: Environment, engine: Engine,

@@ -4,7 +4,6 @@ Lengths are tokens of `data/gsm8k-bpe`, more than of Qwen2.5's tokenizer, most o
 is made by `python -m roi_lib.experiments.statistics ROOT data/exam-statistics.json`."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,23 +21,21 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 def describe(tokenizer, problems: Sequence[Problem], left_out: dict[str, str]) -> dict:
     """Counts and lengths of one split of one source; None: it has no worked solutions."""
-    def lengths(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-
     def percentiles(values: list[int]) -> list[int]:
         return np.percentile(values, PERCENTILES).round().astype(int).tolist()
 
     golds = [normalize(p.answer) for p in problems]
-    kinds = Counter("number" if read_number(gold, commas=False) is not None else
-                    "words" if read_words(gold) else "expression" for gold in golds)
+    kinds = ["number" if read_number(gold, commas=False) is not None else
+             "words" if read_words(gold) else "expression" for gold in golds]
+    found = {"problems": len(problems), "left_out": left_out, "statement_tokens": percentiles(
+        list(map(len, tokenizer([p.text for p in problems]).input_ids)))}
     worked = [p.solution for p in problems if p.solution != f"\\boxed{{{p.answer}}}"]
-    costs = lengths(worked) if worked else []
-    levels = Counter(map(PAPER.level_of, costs))
-    return {"problems": len(problems), "left_out": left_out,
-            "statement_tokens": percentiles(lengths([p.text for p in problems])),
-            "solution_tokens": percentiles(costs) if worked else None,
-            "levels": [levels[k] for k in range(PAPER.skip_level + 1)] if worked else None,
-            "answers": {kind: kinds[kind] for kind in ("number", "words", "expression")}}
+    costs = list(map(len, tokenizer(worked).input_ids)) if worked else []
+    levels = [PAPER.level_of(cost) for cost in costs]
+    return found | {
+        "solution_tokens": percentiles(costs) if worked else None,
+        "levels": [levels.count(k) for k in range(PAPER.skip_level + 1)] if worked else None,
+        "answers": {kind: kinds.count(kind) for kind in ("number", "words", "expression")}}
 
 
 def statistics(root: Path) -> dict:

@@ -1,85 +1,125 @@
-"""The main table: records of a comparison, how they are shown, and the rollouts behind them.
+"""Records of a comparison and of a sweep, how they are shown, and the rollouts behind them.
 
 A folder of `exam --save` holds papers.json (`store.papers`), records.csv (`make_records`), tables
-of `sitting` as METHOD.parquet (token ids of the first papers only), and of the rational test-taker
-bounds.parquet (`rational_bounds`) and outcomes.parquet (a row an attempt)."""
+of `sitting` as METHOD.parquet (token ids of the first papers only), and of exact policies and rules
+bounds.parquet (points of `rational.bounds`, to three digits) and METHOD-outcomes.parquet (a row an
+attempt)."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from roi_lib import evaluation
-from roi_lib.experiments.methods import Comparison, Results
-from roi_lib.osmckp import expected_future, expected_reward
-from roi_lib.rational import Outcomes, solve_in_order
+from roi_lib.engines import EngineConfig
+from roi_lib.exams import draw_papers
+from roi_lib.experiments.methods import Comparison, Results, run_methods
+from roi_lib.problems import Problem
+from roi_lib.rational import BOUNDS, Outcomes
 from roi_lib.sitting import points as problems_solved
 from roi_lib.store.checkpoints import model_label
 from roi_lib.store.files import verify_folder, write_csv, write_folder, write_json
 from roi_lib.store.papers import make_paper_list
+from roi_lib.worlds import RULES, TIERS, World, check_choice
 
-TRACED = 300  # papers whose responses are kept token by token
-CELL, ATTEMPT = ["method", "budget", "order"], ["exam", "problem", "attempt"]
-LOSSES = ["optimality_gap", "lost_to_order", "lost_to_allocation"]
+PER_PROBLEM = (1/16, 1/8, 3/16)  # of the world's largest budget, for each problem of a paper
+TIERS_IN_TURN = ("easy", "hard", "medium") * 2  # a paper of n problems holds the first n
+MIXES = (("easy", "easy", "medium"), ("easy", "easy", "hard"), ("easy", "medium", "hard"),
+         ("medium", "medium", "hard"), ("easy", "hard", "hard"), ("medium", "hard", "hard"))
+TRACED = 100  # papers whose responses are kept token by token
+CELL, CELL_OF_BOUND = ["method", "budget", "order"], ["abilities", "budget", "order"]
+ATTEMPT = ["exam", "problem", "effort", "attempt"]
 
 
-def summarize_bound(bound: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
-    """The rational test-taker's numbers under `evaluation.summarize`'s names, from the rows of
-    `rational.rational_bounds` of one budget; its Score is the achievable side."""
-    numbers = evaluation.score_and_regret(bound["achievable"], easy["achievable"], seed)
-    for name in ("plug_in", "by_family", "hindsight"):
-        numbers |= evaluation.with_interval(name, [bound[name]], lambda x: x, seed)
-    return numbers | evaluation.by_position(bound, seed) | {
-        "tokens": float(bound.filter(like="tokens_").sum(axis=1).mean()),
-        "skip_rate": float(bound.filter(like="skipped_").to_numpy().mean()),
+def summarize_policy(rows: pd.DataFrame, easy: pd.DataFrame, seed: int = 0) -> dict[str, float]:
+    """The numbers of an exact policy or a rule in one cell under `evaluation.summarize`'s names,
+    from its rows of `rational.bounds` in that order and in the easy one."""
+    numbers = evaluation.score_and_regret(*(x["points"].to_numpy() for x in (rows, easy)), seed)
+    known = rows.dropna(axis=1)  # luck knows nothing by position
+    return numbers | evaluation.by_position(known, seed) | {
+        "tokens": float(rows.filter(like="tokens_").sum(axis=1, min_count=1).mean()),
+        "skip_rate": float(rows.filter(like="skipped_").mean().mean()),
         "over_budget": 0, "overrun_cut": 0, "failed": 0}
 
 
 def make_records(comparison: Comparison, results: Results) -> pd.DataFrame:
-    """One row for each method, budget and order, in the sequence of the results; also what it
-    leaves behind where the rational one is there, and how it differs from the first method."""
+    """One row for each method, budget and order, in the sequence of the results, then of `rules`
+    and bounds; also each method's bounds with its own abilities, and what it leaves behind, where
+    they were computed; and how it differs from the first method."""
     world, seed = comparison.world, comparison.seed
-    sat, rational = (dict(iter(frame.groupby(CELL, sort=False))) if len(frame) else {}
-                     for frame in (results.table, results.bounds))
-    cells = [(m, b, o) for m, b in dict.fromkeys((m, b) for m, b, _ in [*sat, *rational])
-             for o in comparison.orders]
-    points = {key: problems_solved(sat[key]) if key in sat
-              else rational[key]["achievable"].to_numpy() for key in cells}
-    labels = {m: model_label(comparison.checkpoint(m.removesuffix("_tagged")) or "")
-              for m in dict.fromkeys(m for m, _, _ in cells)}
-    records = []
-    for method, budget, order in cells:
-        key, easy = (method, budget, order), (method, budget, "easy")
-        record = {"world": world.name, "method": method, "model": labels[method], "order": order,
-                  "budget": budget, "n_exams": len(comparison.papers),
-                  "n_problems": len(comparison.papers[0]), "seed": seed,
-                  "temperature": comparison.temperature}
-        if key in rational:
-            record |= summarize_bound(rational[key], rational[easy], seed)
-        else:
-            record |= evaluation.summarize(sat[key], sat[easy], seed)
-            record |= results.facts[method, budget]
-            name = "rational_tagged" if world.method(method).tagged else "rational"
-            if (name, budget, order) in rational:
-                record |= evaluation.shortfall(points[key], rational[name, budget, order],
-                                               rational[name, budget, "easy"], seed)
-        if method != cells[0][0]:
-            record |= {"difference_from": cells[0][0]} | evaluation.with_interval(
-                "difference", [points[key], points[cells[0][0], budget, order]],
-                lambda x, y: x - y, seed)
+    table, found = results.table, results.bounds
+    sat = dict(iter(table.groupby(CELL, sort=False))) if len(table) else {}
+    able = {cell: rows.droplevel(CELL_OF_BOUND) for cell, rows in
+            found.groupby(CELL_OF_BOUND, sort=False)} if len(found) else {}
+    labels = {m: model_label(comparison.checkpoint(m) or "")
+              for m in [*dict.fromkeys(m for m, _, _ in sat), *results.policies]}
+    shared = {"world": world.name, "n_exams": len(comparison.papers), "seed": seed,
+              "n_problems": len(comparison.papers[0]), "temperature": comparison.temperature}
+    records, points = [], {}
+    for method, budget, order in sat:
+        key, own = (method, budget, order), comparison.abilities(method)
+        points[key] = problems_solved(sat[key])
+        record = dict(zip(CELL, key, strict=True)) | {"model": labels[method]}
+        record |= evaluation.summarize(sat[key], sat[method, budget, "easy"], seed)
+        record |= results.facts[method, budget]
+        if (own, budget, order) in able:
+            record |= evaluation.shortfall(points[key], *(
+                {name: able[own, budget, o].loc[name]["points"].to_numpy() for name in BOUNDS}
+                for o in (order, "easy")), seed)
         records.append(record)
+    for name in results.policies:
+        for own, budget, order in able:
+            if own != comparison.abilities(name):
+                continue
+            rows, easy = able[own, budget, order], able[own, budget, "easy"]
+            best = rows.loc[list(RULES)]["points"].groupby(level="policy").mean().idxmax()
+            chosen = {f"{name}_{policy}": policy for policy in BOUNDS}
+            if world.method(name).strategy == "rule":  # each stands for itself, but `best_rule`
+                chosen = {name: name if name in RULES else best}
+            for method, policy in chosen.items():
+                key = method, budget, order
+                points[key] = rows.loc[policy]["points"].to_numpy()
+                records.append(dict(zip(CELL, key, strict=True)) | {
+                    "model": labels[name], "policy": policy}
+                    | summarize_policy(rows.loc[policy], easy.loc[policy], seed))
+    first = records[0]["method"]
+    for record in records:
+        method, budget, order = (record[name] for name in CELL)
+        record |= shared
+        if method != first:
+            record |= {"difference_from": first} | evaluation.with_interval(
+                "difference", [points[method, budget, order], points[first, budget, order]],
+                lambda x, y: x - y, seed)
     return pd.DataFrame(records)
 
 
-def brackets(low: float, high: float, form: str = ".3f") -> str:
-    """An interval as text; "--" where there is none."""
-    return "--" if np.isnan(low) else f"[{low:{form}},{high:{form}}]"
+def run_sweep(world: World, sweep: str, methods: Sequence[str], n_exams: int, seed: int = 0,
+              pool: Sequence[Problem] | None = None, engine: EngineConfig = Comparison.engine,
+              workers: int | None = None) -> pd.DataFrame:
+    """All settings of a sweep, each with its papers and its log folder: `make_records` with
+    three more columns, sweep, x (the setting) and tiers. The more `problems`, the more budget."""
+    top, tables = max(world.budgets), []
+    sweeps = {  # (x, tiers of a paper, budgets, temperature) of each setting
+        "problems": [(n, TIERS_IN_TURN[:n], tuple(round(top * n * share) for share in PER_PROBLEM),
+                      1.0) for n in (2, 4, 5, 6)],
+        "mix": [("-".join(mix), mix, world.budgets, 1.0) for mix in MIXES],
+        "temperature": [(t, TIERS, world.budgets, t) for t in (0.0, 0.5, 0.8, 1.0, 1.2)]}
+    check_choice("sweep", sweep, sweeps)
+    for i, (x, tiers, budgets, temperature) in enumerate(sweeps[sweep]):
+        papers = draw_papers(world, n_exams, seed=seed, pool=pool, tiers=tiers)
+        here = replace(engine, log=engine.log / f"{sweep}-{i}") if engine.log else engine
+        comparison = Comparison(world, papers, seed, temperature, engine=here)
+        records = make_records(comparison, run_methods(comparison, methods, budgets, workers))
+        tables.append(records.assign(sweep=sweep, tiers="-".join(tiers), x=x))
+    return pd.concat(tables, ignore_index=True).round(6)
 
 
 def with_brackets(records: pd.DataFrame, name: str, form: str = ".3f") -> list[str]:
-    """A number of each record with its interval, as text."""
-    return ["--" if np.isnan(value) else f"{value:{form}} {brackets(low, high, form)}"
+    """A number of each record with its interval, as text; "--" where there is none."""
+    return ["--" if np.isnan(value) else f"{value:{form}} --" if np.isnan(low) else
+            f"{value:{form}} [{low:{form}},{high:{form}}]"
             for value, low, high in records[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)]
 
 
@@ -88,7 +128,7 @@ def show_order(records: pd.DataFrame, order: str = "hard") -> str:
     any exam has no response, how many."""
     parts = {f"{budget} tokens": pd.DataFrame({
         "Score": with_brackets(own, "score"), "Regret": own["regret"].map("{:.3f}".format),
-        "tokens": own["tokens"].map("{:.1f}".format)} | (
+        "tokens": own["tokens"].map("{:.1f}".format).replace("nan", "--")} | (
             {"missing": own["failed"]} if records["failed"].any() else {})).set_axis(own["method"])
         for budget, own in records[records["order"] == order].groupby("budget", sort=False)}
     text = pd.concat(parts, axis=1).rename_axis(None).to_string()
@@ -99,28 +139,13 @@ def show_details(records: pd.DataFrame) -> str:
     """All records as text: Scores and Regrets; accuracy by position; what is lost to whom; how the
     methods differ from the first one. Every number with its 95 % interval."""
     positions = [c for c in records.columns if c.removeprefix("accuracy_").isdigit()]
-    texts = []
-    for names in (["score", "regret"], positions, LOSSES, ["difference"]):
+    losses, texts = ["optimality_gap", "lost_to_order", "lost_to_allocation"], []
+    for names in (["score", "regret"], positions, losses, ["difference"]):
         if set(names) <= set(records):
             rows = records.dropna(subset=names)
             block = rows[CELL].assign(**{name: with_brackets(rows, name) for name in names})
             texts.append(block.to_string(index=False))
     return "\n\n".join(texts)
-
-
-def decision_losses(outcomes: Outcomes, place: np.ndarray, budget: int) -> np.ndarray:
-    """What it costs in points to skip and to try, [papers, problems, budget + 1, 2].
-
-    The last but one axis is the tokens left. A loss is V_i(b) - Q_i(action, b), for a test-taker
-    who goes by all attempts: 0 for the better action. The losses of an exam's decisions add up, in
-    expectation, to V* - Score (the performance-difference lemma; Kakade and Langford, 2002)."""
-    every, losses = np.ones(outcomes.cost.shape[2], bool), []
-    for solution in solve_in_order(outcomes.classes(every), place, budget):
-        value = solution.value_function
-        losses.append([value[i] - expected_reward(some, budget)
-                       - expected_future(some, value[i + 1])
-                       for i, some in enumerate(solution.instance.classes)])
-    return np.moveaxis(np.array(losses), 2, 3)
 
 
 def save_comparison(folder: Path, comparison: Comparison, results: Results, records: pd.DataFrame,
@@ -130,14 +155,18 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
         papers = make_paper_list(comparison.world, comparison.papers, split, comparison.seed)
         write_json(temporary / "papers.json", asdict(papers))
         write_csv(temporary / "records.csv", records.round(6))
-        tables = dict(iter(results.table.drop(columns="problem").groupby("method", sort=False)))
-        if results.outcomes:
-            shape = results.outcomes.cost.shape
-            tables |= {"bounds": results.bounds.reset_index(), "outcomes": pd.DataFrame({
-                "family": results.outcomes.family.repeat(shape[2]),
-                "cost": results.outcomes.cost.ravel(), "correct": results.outcomes.correct.ravel(),
-                "skip": results.outcomes.skip, "tag": results.outcomes.tag},
-                pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()}
+        tables = dict(iter(results.table.drop(columns="problem").groupby("method", sort=False))
+                      ) if len(results.table) else {}
+        for name, some in results.outcomes.items():
+            shape = some.cost.shape
+            words = {column: np.broadcast_to(getattr(some, column)[..., None, None], shape).ravel()
+                     for column in ("statement", "tier")}
+            tables[f"{name}-outcomes"] = pd.DataFrame(
+                {"cost": some.cost.ravel(), "correct": some.correct.ravel(), **words,
+                 "skip": some.skip},
+                pd.MultiIndex.from_product(map(range, shape), names=ATTEMPT)).reset_index()
+        if len(results.bounds):
+            tables["bounds"] = results.bounds[["points"]].astype(np.float32).round(3).reset_index()
         for name, table in tables.items():
             if "ids" in table:
                 first = (table["exam"] < traced) & (table["position"] == 1)
@@ -158,15 +187,16 @@ def load_rollouts(folder: Path, method: str) -> pd.DataFrame:
 
 
 def load_bounds(folder: Path) -> pd.DataFrame:
-    """The rational test-taker, indexed by (method, budget, order, exam)."""
-    return load_rollouts(folder, "bounds").set_index([*CELL, "exam"]).sort_index()
+    """Points of exact policies and rules, by (abilities, policy, budget, order, exam)."""
+    return load_rollouts(folder, "bounds").set_index(
+        ["abilities", "policy", "budget", "order", "exam"]).sort_index()
 
 
-def load_outcomes(folder: Path) -> Outcomes:
-    """The attempts that the bounds follow from, without tags."""
-    rows = load_rollouts(folder, "outcomes")
+def load_outcomes(folder: Path, abilities: str) -> Outcomes:
+    """The attempts that bounds and rules with these abilities, a method's, follow from."""
+    rows = load_rollouts(folder, f"{abilities}-outcomes")
     shape = tuple(rows[ATTEMPT].max() + 1)
-    cost, correct, family = (rows[name].to_numpy().reshape(shape)
-                             for name in ("cost", "correct", "family"))
-    skip, tag = map(int, rows.loc[0, ["skip", "tag"]])
-    return Outcomes(cost, correct, family[..., 0].astype(str), skip, tag)
+    cost, correct, statement, tier = (rows[name].to_numpy().reshape(shape)
+                                      for name in ("cost", "correct", "statement", "tier"))
+    words = (x[..., 0, 0].astype(str) for x in (statement, tier))
+    return Outcomes(cost, correct, *words, int(rows["skip"].iloc[0]))

@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 DATA = Path(__file__).resolve().parents[2] / "data"
 MANIFEST = "manifest.json"
 #: How the tables, JSON files and pictures begin that commands write: these may be replaced.
-OURS = re.compile(rb'(world,method|sweep,x|variant,budget|step),|\x89PNG.{,60}\0roi_lib|'
-                  rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"|\Z', re.DOTALL)
+OURS = re.compile(rb'(world,method|method,budget|sweep,x|question,x|variant,budget|step),|'
+                  rb'\x89PNG.{,60}\0roi_lib|\Z|'
+                  rb'{\n "(world|one_instance|tokens_per_second|seconds_per_step)"', re.DOTALL)
 
 
 class CheckpointError(ValueError):
@@ -170,10 +171,11 @@ def newest_complete(root: Path, prefix: str = "step-") -> Path | None:
     return None
 
 
-def folder_lock(folder: Path):
-    """Keep a folder to this process in a `with`; `ValueError`: another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def lock(place: Path) -> FileLock:
+    """Keep a folder, or a file, to this process in a `with`, however the process ends;
+    `ValueError`: another process holds it."""
     try:
-        return FileLock(folder / ".roi_lib.lock", timeout=0).acquire()
+        return FileLock(place / ".roi_lib.lock" if place.is_dir() else f"{place}.lock",
+                        timeout=0).acquire()
     except Timeout as error:
-        raise ValueError(f"another process is writing {folder}; wait, or name another") from error
+        raise ValueError(f"another process is writing {place}; wait, or name another") from error

@@ -1,6 +1,6 @@
 """Tokenizers made here: the pocket world's own, and a stand-in for the paper's world.
 
-The pocket tokenizer knows whole words, numbers up to 99 and tags as one token each. Transformers,
+The pocket tokenizer knows whole words, numbers up to 320 and tags as one token each. Transformers,
 vLLM and TRL load it unchanged; its decoder puts the spaces back, so that text round-trips."""
 
 from collections.abc import Iterable
@@ -14,31 +14,33 @@ from roi_lib.store.files import check_replaceable, write_folder
 from roi_lib.store.sources import load_problems
 from roi_lib.worlds import SKIP_ANSWER, TAG_CLOSE, TAG_OPEN, TIERS, World
 
-#: A tag, a level, a box, a header, two digits (paired from the right: 1, 28), a word, or a sign.
-TOKEN = (r"</?predicted_level>|Level-\d|\\boxed\{|Q\d+|\d{1,2}(?=(?:\d\d)*(?!\d))"
+#: A tag, a level, a box, a header, a number up to 320, a single digit of a larger one, a word, or a
+#: sign.
+TOKEN = (r"</?predicted_level>|Level-\d|\\boxed\{|Q\d+"
+         r"|(?<!\d)(?:320|3[01]\d|[12]\d\d|[1-9]?\d)(?!\d)|\d"
          r"|[A-Za-z]+|[^\sA-Za-z\d]")
 CONTROL = ("<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>")
 #: Words of statements, plans and prompts, besides names and things.
-WORDS = """A After Each Find How Start The Then There add and appear are at boxes bought bus buys by
-coins count does each fewer first for get has have how keep many mod modulo more multiply now number
-numbers of off on pay positive remainder riders round rounds smallest sold starts subtract than the
-there try with Budget tokens Solve Plan Predict Rate Rating in order or skip solve then level user
-assistant system""".split()
+WORDS = """A a add and Answer answer are assistant at bought brief Budget buys by coins Count does
+down each fewer Find first for get has have How how in is last level makes many mod modulo more
+multiple Multiply multiply now number numbers of off on once or order pay Plan Predict Rate Rating
+remainder riders rounds row shelves skip smallest sold Solve solve Start starts stops subtract
+system than that The the Then then There there times tokens tram try user What with""".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world of generated problems, up to 8 an exam; 264 tokens for `POCKET`."""
+    """The tokenizer of a world of generated problems, up to 8 an exam; 485 tokens for `POCKET`."""
     words = [*CONTROL, TAG_OPEN, TAG_CLOSE, *(f"Level-{k}" for k in range(world.skip_level + 1)),
              "\\boxed{", SKIP_ANSWER, *(f"Q{i}" for i in range(1, 9)),
-             *map(str, range(MAX_NUMBER + 1)), *(f"0{i}" for i in range(10)),
-             *".,:;?!+-*=≠{}()<>|/%'\"", *NAMES, *THINGS, *TIERS, *WORDS]
+             *map(str, range(MAX_NUMBER + 1)), *".,:;?!+-*=≡{}()<>|/%'\"",
+             *NAMES, *THINGS, *TIERS, *WORDS]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
-    join = {r" (?=[.,:;?}])": "", r"(?<=\{) ": "", r" (?=</?predicted|Level-)": "",
+    join = {r" (?=[.,:;?})])": "", r"(?<=[{(]) ": "", r" (?=</?predicted|Level-)": "",
             r" (?=Q\d+\.)": "\n"}
     core.decoder = decoders.Sequence([
         decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(),

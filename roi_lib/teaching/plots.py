@@ -23,12 +23,13 @@ SPLIT = [("#0072B2", ""), ("#E69F00", "///"), ("#EFEFEF", "...")]  # a Score, an
 PARTS = [("#BBBBBB", "++"), ("#56B4E9", ""), ("#F5D9A3", "///"), ("#FFFFFF", "..."),
          ("#CC79A7", "xxx"), ("#DDDDDD", "\\\\\\"), ("#9FDCC8", "oo")]  # preamble, problems
 METHODS = {  # label, color, line style, marker, hatch: the same in every figure
-    "base": ("base", "#222222", "-", "o", ""), "rational": ("rational", "#D55E00", "-", "", ""),
-    "rational_tagged": ("rational, with tags", "#D55E00", "--", "", ""),
+    "base": ("base", "#222222", "-", "o", ""), "brief": ("in brief", "#999999", ":", "o", "///"),
+    "best_rule": ("best rule", "#D55E00", "--", "s", ""),
+    "optimal_statement": ("optimal", "#D55E00", "-", "", ""),
     "plan_and_solve": ("Plan-and-Solve", "#CC79A7", ":", "D", "xxx"),
     "least_to_most": ("Least-to-Most", "#E69F00", "-.", "s", "///"),
-    "mft": ("MFT", "#56B4E9", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
-    "mft_greedy_knapsack": ("MFT + knapsack", "#009E73", (0, (6, 1.5)), "v", "\\\\\\"),
+    "mft": ("MFT", "#009E73", "--", "^", "..."), "rarl": ("MFT + RARL", "#0072B2", "-", "X", "--"),
+    "mft_greedy_knapsack": ("MFT + knapsack", "#56B4E9", (0, (6, 1.5)), "v", "\\\\\\"),
     "mft_greedy_knapsack_charged": ("the same, charged", "#7A5200", (0, (3, 1, 1, 1)), "P", "++")}
 FEW = 30  # a share or a percentile of fewer says little
 WIDTH, ABOVE = 7.5, {"loc": "outside upper left", "ncols": 4}
@@ -92,29 +93,27 @@ def lines(*panels, columns=2, height=3.2, **shared):
     return fig
 
 
-def bars(labels, series, xlabel, ylabel, title="", stacked=False):
-    """Bars side by side, or stacked to at most 1: {name: numbers, or three: value, low, high}."""
+def bars(labels, series, xlabel, ylabel, title=""):
+    """Bars side by side: {name: numbers, or three: value, low, high}."""
     fig, ax = plt.subplots()
-    place, bottom, n = np.arange(len(labels)), 0.0, 1 if stacked else len(series)
+    place, n = np.arange(len(labels)), len(series)
     for j, (name, y) in enumerate(series.items()):
         label, color, _, _, hatch = method_look(name, j)
         y, *ends = np.atleast_2d(np.asarray(y, float))
-        ax.bar(place + (j % n - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, bottom, label=label, capsize=3,
-               yerr=np.abs(ends - y) if ends else None, color=color, hatch=hatch, edgecolor="white")
-        bottom = bottom + y if stacked else 0.0
+        ax.bar(place + (j - (n - 1) / 2) * 0.8 / n, y, 0.8 / n, label=label, capsize=3, hatch=hatch,
+               yerr=np.abs(ends - y) if ends else None, color=color, edgecolor="white")
     ax.set_xticks(place, labels)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, 1 if stacked else None))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
     ax.grid(axis="x", visible=False)
     fig.legend(**ABOVE)
     return fig
 
 
-def ranges(panels, xlabel, columns=1, lines=None, log=False):
+def ranges(panels, xlabel, lines=None, log=False):
     """Values with intervals, {title of a panel: {label: (low, value, high)}}; of five numbers, as
     of percentiles, the inner ones are a bar. `lines` {label: x} are dashed, `log` is base 2."""
-    rows, n = len(panels) // columns, max(map(len, panels.values()))
-    fig, axes = plt.subplots(rows, columns, squeeze=False, sharex=columns == 1, sharey=columns > 1,
-                             figsize=(WIDTH, 0.6 + rows * (0.5 + 0.35 * n)))
+    height = 0.6 + len(panels) * (0.5 + 0.35 * max(map(len, panels.values())))
+    fig, axes = plt.subplots(len(panels), squeeze=False, sharex=True, figsize=(WIDTH, height))
     for ax, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for y, row in enumerate(values.values()):
             ax.plot([row[0], row[-1]], [y, y], color=COLORS[0], linewidth=1.5)
@@ -128,7 +127,7 @@ def ranges(panels, xlabel, columns=1, lines=None, log=False):
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:g}")
         _rows(ax, values, title)
-    plt.setp(axes[-1], xlabel=xlabel)
+    ax.set(xlabel=xlabel)
     return fig
 
 
@@ -203,44 +202,37 @@ def regret_split(*panels):
 
 def score_split(records, budget, orders=("medium", "hard")):
     """`regret_split` of the records, by order, with the 95 % intervals of the Scores in black."""
-    kept = pd.DataFrame(records).query("budget == @budget").dropna(subset="rational")
+    kept = pd.DataFrame(records).query("budget == @budget").dropna(subset="bound_statement")
     parts = {f"{order} order, {budget} tokens": kept[kept["order"] == order] for order in orders}
     fig = regret_split(*((
-        title, [method_look(name)[0] for name in rows["method"]], rows["score"], rows["rational"],
-        rows["rational"] + rows["lost_to_order"]) for title, rows in parts.items()))
+        title, [method_look(name)[0] for name in rows["method"]], rows["score"],
+        rows["bound_statement"], rows["bound_statement"] + rows["lost_to_order"])
+        for title, rows in parts.items()))
     for ax, rows in zip(fig.axes, parts.values(), strict=True):
         ax.errorbar(rows["score"], range(len(rows)), fmt="none", color="black", capsize=3,
                     xerr=rows[["score_low", "score_high"]].sub(rows["score"], axis=0).abs().T)
     return fig
 
 
-def sweep_lines(rows, xlabel, budget=None, orders=("easy", "hard"), value="score",
+def sweep_lines(rows, xlabel, orders=("easy", "hard"), value="score",
                 ylabel="Score [problems solved]"):
-    """Score (or regret) along a sweep's x, a panel an order, with 95 % intervals; of one budget,
-    where there are several. The rational Score is a band from achievable to plug-in side."""
-    rows = pd.DataFrame(rows).loc[lambda rows: (budget is None) | (rows["budget"] == budget)]
-    words = rows["x"].astype(str).str.replace("-", "\n")
-    rows = rows.set_index(rows["x"] if rows["x"].dtype.kind in "if" else words.factorize()[0])
+    """Score (or another value of records) by their x, a panel an order, with 95 % intervals."""
+    rows = pd.DataFrame(rows).set_index("x")
     fig = lines(*((None, {method: own[[value, f"{value}_low", f"{value}_high"]] for method, own in
                           rows[rows["order"] == order].groupby("method", sort=False)},
                    xlabel, ylabel if order == orders[0] else "", f"{order} order")
                   for order in orders), columns=len(orders), height=4.0, sharey=True)
-    for ax, order in zip(fig.axes, orders, strict=True):
-        ax.set_xticks(rows.index.unique(), words.unique(), size=9 if words.nunique() > 3 else 11)
-        for bound in ("rational", "rational_tagged") if value == "score" else ():
-            own = rows[(rows["method"] == bound) & (rows["order"] == order)]
-            ax.fill_between(own.index, own["score"], own["plug_in"], alpha=0.25,
-                            color=METHODS[bound][1], linewidth=0)
+    if rows.index.nunique() < 7:
+        plt.setp(fig.axes, xticks=rows.index.unique())
     return fig
 
 
 def position_accuracy(table, budget, orders=ORDERS):
     """Share of right answers by position, a panel an order, with `share_interval`."""
-    cell = ["budget", "method", "order", "position"]
-    shares = table.groupby(cell, sort=False)["correct"].agg(["mean", "size"]).reset_index()
+    own = table[table["budget"] == budget].groupby(["method", "order", "position"], sort=False)
+    shares = own["correct"].agg(["mean", "size"]).reset_index().rename(columns={"position": "x"})
     shares["mean_low"], shares["mean_high"] = share_interval(shares["mean"], shares["size"])
-    fig = sweep_lines(shares.rename(columns={"position": "x"}), "position", budget, orders, "mean",
-                      f"right answers ({budget} tokens)")
+    fig = sweep_lines(shares, "position", orders, "mean", f"right answers ({budget} tokens)")
     plt.setp(fig.axes, ylim=(-0.03, 1.03))
     return fig
 
@@ -312,7 +304,7 @@ def level_errors(table):
     return fig
 
 
-def confusion_matrix(counts, title=""):
+def confusion_matrix(counts):
     """Counts [predicted, real level], and shares of each row (shaded in rows of 20 or more)."""
     counts, total = np.asarray(counts), np.sum(counts, axis=1, keepdims=True)
     shares = counts / np.maximum(total, 1)
@@ -322,7 +314,7 @@ def confusion_matrix(counts, title=""):
         ax.text(j, i, f"{n:,}\n{shares[i, j]:.0%}", ha="center", va="center")
     ax.set_xticks(range(len(counts)), [f"Level-{k}" for k in range(len(counts))])
     ax.set_yticks(range(len(counts)), [f"Level-{k}\n({n:,})" for k, n in enumerate(total[:, 0])])
-    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)", title=title)
+    ax.set(xlabel="real level of the cost", ylabel="predicted level (problems)")
     ax.grid(visible=False)
     return fig
 
@@ -339,7 +331,8 @@ def training_curves(logs, columns, window=1):
     """Columns of logs, {label: DataFrame}, a panel each: means of the last `window` numbers."""
     fig = lines(*((None, {label: log.set_index("step")[name].dropna().rolling(
         window, min_periods=1).mean() for label, log in logs.items()}, "step",
-        f"{name} [nats]" if name == "entropy" else name, "") for name in columns), height=2.1)
+        f"{name} [nats]" if name.endswith("entropy") else name, "") for name in columns),
+        height=2.1)
     for ax, name in zip(fig.axes, columns, strict=True):
         share = name in ("level_accuracy", "accuracy", "cut", "no_spread") or "skip_" in name
         ax.set_ylim(0, 1.03 if share else None)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +22,14 @@ from roi_lib.store import checkpoints, files
 from roi_lib.worlds import World
 
 
-def load_start(world: World, checkpoint: str, out: Path) -> tuple[Environment, torch.nn.Module]:
+def load_start(world: World, checkpoint: str, out: Path,
+               budgets: Sequence[int]) -> tuple[Environment, torch.nn.Module]:
     """The environment and the float32 model that a stage starts from; `ValueError`: they do not
-    belong together or could not be saved, or `out` is not ours to replace."""
+    belong together or could not be saved, `out` is not ours to replace, or a prompt cannot state
+    one of the `budgets`."""
     files.check_replaceable(out)
     env = checkpoints.load_environment(world, checkpoint)
+    env.check_budget(*budgets)
     model = checkpoints.load_model(checkpoint, "float32")
     checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
     checkpoints.check_saveable(model)
@@ -36,7 +40,8 @@ def load_start(world: World, checkpoint: str, out: Path) -> tuple[Environment, t
 def run_folder(work: Path, recipe, world: World, **start) -> Iterator[None]:
     """Keep `work` to this process, and write down there what the run is, its recipe and `start`;
     `ValueError`: it holds another run, or another process is at it."""
-    with files.folder_lock(work):
+    work.mkdir(parents=True, exist_ok=True)
+    with files.lock(work):
         run = json.loads(json.dumps(asdict(recipe) | {"world": world.name} | start))
         path = work / "recipe.json"
         found = files.read_json(path) if path.exists() else run
@@ -158,7 +163,7 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, documents: d
 
 **Made by** {made}, {minutes:.1f} minutes on {torch.get_num_threads()} threads (`log.csv`). Recipe:
 ```json
-{json.dumps(asdict(recipe), indent=1)}
+{textwrap.fill(json.dumps(asdict(recipe)), 99, break_long_words=False, break_on_hyphens=False)}
 ```
 
 {measured}

@@ -1,6 +1,5 @@
 """MFT from a checkpoint to a checkpoint (paper, section on MFT), with TRL's SFTTrainer."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from roi_lib import mft
-from roi_lib.engines import LoggedEngine, RunLog, engine_for, make_engine
-from roi_lib.evaluation import confusion, rates
-from roi_lib.exams import Environment, draw_papers, in_orders, tag
+from roi_lib.engines import EngineConfig, LoggedEngine, RunLog, engine_for
+from roi_lib.evaluation import rates
+from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import Engine
 from roi_lib.sitting import sit
 from roi_lib.store.checkpoints import model_hash
@@ -34,14 +33,27 @@ def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
 
 def token_weights(env: Environment, recipe: MFTRecipe) -> torch.Tensor:
     """What each token weighs in the loss, [vocabulary]: `tag_weight` for a level, else 1."""
-    weights, vocabulary = torch.ones(len(env.tokenizer)), env.tokenizer.get_vocab()
+    weights = torch.ones(len(env.tokenizer))
     if recipe.tag_weight != 1:
-        ids = [vocabulary.get(f"Level-{level}") for level in range(env.world.skip_level + 1)]
-        if not all(i in env.encode(tag(level)) for level, i in enumerate(ids)):
+        if not env.level_ids:
             raise ValueError("tag_weight needs a tokenizer with one token for each level; "
                              "give tag_weight 1")
-        weights[ids] = recipe.tag_weight
+        weights[env.level_ids] = recipe.tag_weight
     return weights
+
+
+def introduce_tags(env: Environment, model) -> None:
+    """Let the tags' own tokens begin as words that stand in like places (`World.tag_words`): what
+    the base has never met has become one and the same vector, and no level could be told from
+    another. All other embeddings stay: numbers keep their place among their neighbours, so what is
+    learned under some budgets holds under those between."""
+    embeddings, place = model.get_input_embeddings().weight, env.tokenizer.convert_tokens_to_ids
+    learned = torch.zeros(len(embeddings), 1)
+    with torch.no_grad():
+        for new, known in env.world.tag_words.items() if env.level_ids else ():
+            embeddings[place(new)], learned[place(new)] = embeddings[place(known)], 1
+    if learned.any():
+        embeddings.register_hook(lambda gradient: gradient * learned)
 
 
 class TagTrainer(SFTTrainer):
@@ -65,7 +77,8 @@ class DevLog(common.Report):
     def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
         super().__init__()
         papers = draw_papers(env.world, recipe.dev_exams, 3, "train", recipe.seed + 1_000, pool)
-        self.env, self.exams = env, in_orders(papers, ORDERS, recipe.seed)
+        self.env, self.recipe = env, recipe
+        self.exams = in_orders(papers, ORDERS, recipe.seed)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step is logged, whatever its number."""
@@ -79,7 +92,7 @@ class DevLog(common.Report):
         common.check_finite(logs, f"step {state.global_step}")
         model.eval()
         row = rates(sit(self.env, engine_for(model, self.env.tokenizer), self.exams,
-                        2 * max(self.env.world.budgets), style="roi", seed=1))
+                        max(self.recipe.budgets), style="roi", seed=1))
         model.train()
         self.log.append(row | {"step": state.global_step, "loss": float(logs["loss"]),
                                "rate": float(logs["learning_rate"]) / args.learning_rate,
@@ -94,6 +107,7 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
     if not rows:  # no steps
         common.TrainingLog(work, DevLog.columns)
         return model
+    introduce_tags(env, model)
     optimizer = None  # the trainer's own AdamW
     if recipe.muon_rate:
         muon, adamw = common.muon_and_adamw(model, recipe.muon_rate, recipe.learning_rate)
@@ -135,12 +149,10 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
     `confusion` [predicted][real], and `missed_skips`, which none of `k` samples of the base solved
     (`refused`, of all problems). `false_skips`: the base's mean solve rate of what is skipped."""
     exams = in_orders(papers, ORDERS, seed)  # each tier comes in each position
-    ample = 2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams)
+    ample = int(min(2 * env.world.level_edges[-1] * max(len(exam.problems) for exam in exams),
+                    env.world.largest_budget))
     before = sit(env, base, exams, ample, seed=seed)
     after = sit(env, tagged, exams, ample, style="roi", seed=seed)
-    if (after["predicted"] < 0).all():
-        warnings.warn(f"not one of {len(exams)} responses holds a closed level tag; is this a "
-                      "model that MFT has trained?", stacklevel=2)
     problems = [problem for exam in exams for problem in exam.problems]
     samples = mft.rejection_sample(env, base, problems, k, seed)
     targets = [mft.align(env.world, *pair) for pair in zip(problems, samples, strict=True)]
@@ -149,6 +161,7 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
         base=before["correct"], hit=(after["predicted"] == after["real"]).where(tries),
         refused=[t.skip for t in targets], solve_rate=[t.solve_rate for t in targets])
     tiers = {tier: after[after["tier"] == tier] for tier in TIERS}
+    tags, levels = after[tries & (after["predicted"] >= 0)], range(env.world.skip_level + 1)
 
     def share(values: pd.Series) -> float | None:
         return round(float(values.mean()), 4) if values.count() else None
@@ -161,7 +174,8 @@ def calibrate(env: Environment, base: Engine, tagged: Engine, papers: list[tuple
                             for tier, own in tiers.items()},
         "skip_rate": {tier: share(own["skipped"]) for tier, own in tiers.items()},
         "refused": {tier: share(own["refused"]) for tier, own in tiers.items()},
-        "confusion": confusion(after[tries], env.world.skip_level + 1).tolist(),
+        "confusion": pd.crosstab(tags["predicted"], tags["real"]).reindex(
+            index=levels, columns=levels, fill_value=0).to_numpy().tolist(),
         "false_skips": share(after.loc[after["skipped"], "solve_rate"]),
         "missed_skips": share(after.loc[tries, "refused"])}
 
@@ -188,7 +202,7 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
     log and states, and a run found there goes on. `engine` samples the answers; `root` is the
     datasets' folder. Errors: see `common.load_start`, `common.run_folder`, and `fine_tune`."""
     checkpoint = checkpoint or world.method("base").checkpoint
-    env, model = common.load_start(world, checkpoint, out)
+    env, model = common.load_start(world, checkpoint, out, recipe.budgets)
     mft.tag_tokens(env)
     token_weights(env, recipe)
     pool = load_pool(world, "train", root)
@@ -196,15 +210,15 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
                          pool=load_pool(world, "test", root)) if recipe.card_papers else []
     start = model_hash(checkpoint)
     with common.run_folder(work, recipe, world, model=start):
-        base = make_engine(engine, checkpoint, env.tokenizer)  # in the dtype it was trained in
+        base = EngineConfig(engine).make(checkpoint, env.tokenizer, "auto")  # its own dtype
         log = RunLog(work / "samples.jsonl", {"world": world.name, "model": start, "method":
                                               "rejection sampling", "seed": recipe.seed})
         problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
         samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
-                                       problems, recipe.samples, recipe.seed)
+                                       problems, recipe.samples, recipe.seed, recipe.styles)
         targets = [mft.align(world, *pair, recipe.target)
                    for pair in zip(problems, samples, strict=True)]
-        rows = mft.curriculum(env, targets, recipe)
+        rows = mft.curriculum(env, problems, samples, recipe)
         model = fine_tune(env, model, rows, recipe, work, pool)
         documents = {"labels.json": label_statistics(targets)}
         if papers:

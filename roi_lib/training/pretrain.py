@@ -1,6 +1,8 @@
-"""Pre-training of the pocket base model: exams answered in order, without tags or skipping."""
+"""Pre-training of the pocket base model: exams answered in order, without tags, at the effort that
+the prompt asks for."""
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -15,9 +17,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from roi_lib.engines import engine_for
 from roi_lib.engines.logs import BAR
 from roi_lib.engines.replay import reference_response
+from roi_lib.evaluation import rates
 from roi_lib.exams import Environment, Exam, draw_papers, in_orders
-from roi_lib.problems import sample_problem
-from roi_lib.sitting import responses, sit
+from roi_lib.problems import MAX_NUMBER, sample_problem
+from roi_lib.sitting import sit
 from roi_lib.store import files
 from roi_lib.store.checkpoints import load_training_state, save_step
 from roi_lib.store.tokenizers import build_tokenizer
@@ -35,11 +38,10 @@ def sample_row(env: Environment, recipe: PretrainRecipe, rng: random.Random) -> 
         problems = tuple(sample_problem(rng.choice(env.world.families[tier]), tier, "train", rng)
                          for tier in tiers)
         style = rng.choices(*zip(*recipe.styles, strict=True))[0]
-        budget = rng.randint(32, 256)  # the base answers alike under any budget
-        # Under Least-to-Most, and there alone, half of the hard problems are given up.
-        skip = [style == "least_to_most" and t == "hard" and rng.random() < 0.5 for t in tiers]
+        budget = rng.randint(32, MAX_NUMBER)
         prompt = list(env.prompt(Exam(problems, "medium"), budget, style))
-        words = reference_response(env.world, problems, style, skip)
+        words = reference_response(env.world, problems, style, (), budget,
+                                   lambda text, b=budget: max(b - len(env.encode(text)), 0))
         response = [*env.encode(words), env.tokenizer.eos_token_id]
         if len(prompt + response) <= recipe.longest_row:
             return prompt + response, [-100] * len(prompt) + response
@@ -119,28 +121,65 @@ def train(env: Environment, model, recipe: PretrainRecipe, work: Path) -> dict:
     return progress
 
 
-CARD_PAPERS, CARD_SEED, CARD_BUDGET = 1_000, 1, 512  # behind the numbers on the card
+CARD_PAPERS, CARD_SEED, CARD_BUDGET = 1_000, 1, 320  # behind the numbers on the card
+READ = (96, 128, 144, 156, 164, 176, 208, 256)  # budgets around the rated costs of a paper
+COUNTED = 200  # papers a budget
+EFFORTS = ("direct", "brief", "at_once")  # styles that differ in effort
+
+
+def count_errors(env: Environment, table: pd.DataFrame) -> pd.Series:
+    """Median error in tokens of the notes of what is left, by position; of a table of counted
+    responses."""
+    errors = []
+    for _, rows in table.groupby("exam"):
+        left = rows["budget"] - (rows["cost"].cumsum() - rows["cost"])
+        segments = env.parse(rows["ids"].iloc[0], len(rows)).segments
+        for position, tokens, segment in zip(rows["position"], left, segments, strict=True):
+            if note := re.search(r"\((\d+)\)", segment.text):
+                errors.append({"position": position, "off": abs(int(note[1]) - max(tokens, 0))})
+    return pd.DataFrame(errors, columns=["position", "off"]).groupby("position")["off"].median()
 
 
 def measure(env: Environment, model) -> str:
-    """Share of problems solved, alone and within papers, family by family, in Markdown."""
+    """Share of problems solved and tokens spent, family by family and effort by effort, alone and
+    within papers, in Markdown; and how well the base reads its budget and keeps count of it."""
     papers = in_orders(draw_papers(env.world, CARD_PAPERS, seed=CARD_SEED), ["medium"], CARD_SEED)
     alone = [Exam((problem,), "medium") for exam in papers for problem in exam.problems]
     engine = engine_for(model.to(getattr(torch, env.world.dtype)), env.tokenizer)
-    single, within = (sit(env, engine, exams, CARD_BUDGET, seed=CARD_SEED)
-                      for exams in (alone, papers))
-    cut = [1 - responses(table)["finished"].mean() for table in (single, within)]
-    single, within = (table.groupby(["tier", "family"])["correct"]
-                      for table in (single, within[within["finished"]]))
-    table = pd.DataFrame({"problems": single.size(), "right alone": single.mean().round(3),
-                          "right within": within.mean().round(3)})
+    columns = {}
+    for style in EFFORTS:
+        for where, exams in (("alone", alone), ("within", papers)):
+            table = sit(env, engine, exams, CARD_BUDGET, style=style, seed=CARD_SEED)
+            own = table.groupby(["tier", "family"])
+            columns[style, f"right {where}"] = own["correct"].mean().round(3)
+            columns[style, f"tokens {where}"] = own["cost"].mean().round(1)
+    table = pd.DataFrame(columns).reindex(TIERS, level="tier")
+    counts = {budget: count_errors(env, sit(env, engine, papers[:COUNTED], budget, style="counted",
+                                            seed=CARD_SEED)) for budget in READ}
+    skips = {budget: rates(sit(env, engine, papers, budget, style="least_to_most", seed=CARD_SEED)
+                           )["skip_hard"] for budget in READ}
     return f"""\
 **Measured** on {CARD_PAPERS:,} unseen papers (seed {CARD_SEED}) in medium order, and each problem
-alone, under {CARD_BUDGET} tokens. The budget cut {cut[0]:.1%} of the problems alone, which count as
-wrong, and {cut[1]:.1%} of the papers, which are left out: there a search goes round for ever.
+alone, under {CARD_BUDGET} tokens, temperature 1: share right and mean tokens, in full (`direct`),
+in brief, and at once.
 
 ```
-{table.reindex(TIERS, level="tier").to_string()}
+{table.to_string()}
+```
+
+**Tokens left.** Where its prompt asks it to count down, it notes before each answer how many tokens
+are left: median error, by position in the paper and by budget, of {COUNTED} papers.
+
+```
+{pd.DataFrame(counts).to_string()}
+```
+
+**Hard problems skipped** under the Least-to-Most prompt, by budget. The rows that it was trained on
+compare the rated costs, 160 in a paper of three tiers, with the budget, and give hard problems up
+where they exceed it; a base that does not read its budget skips as often under any.
+
+```
+{pd.Series(skips, name="skipped").round(3).to_frame().T.to_string()}
 ```"""
 
 

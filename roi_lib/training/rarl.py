@@ -4,9 +4,10 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -17,12 +18,14 @@ from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import TorchEngine
 from roi_lib.rarl import STYLE, completion_logprobs, exam_rewards, pad_right, train_step
 from roi_lib.sitting import points, responses, sit
-from roi_lib.store import checkpoints, files
+from roi_lib.store import checkpoints
+from roi_lib.store.files import newest_complete
 from roi_lib.store.sources import load_pool
 from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, RARLRecipe, World
 
 PAPERS_SEED = 1  # of the unseen papers behind a card, whatever the training's: runs compare
+THIRDS = ("small", "middle", "large")  # of the budgets of training, a third each
 LARGEST_GAP = 0.01  # in nats: the largest mean difference of sampler and trainer
 RATES = [*(f"skip_{tier}" for tier in TIERS), "answers_tagged_right", "skips_tagged_right"]
 CARD = ["method", "budget", "order", "score", "score_low", "score_high", "regret", *RATES[2:]]
@@ -30,10 +33,13 @@ SHOWN = ["reward", "score", "skip_hard", "accuracy", "grad_norm"]  # beside the 
 #: Columns of the log, and what each tells. What could not be measured is an empty field.
 COLUMNS = {
     "step": "updates done",
-    "budget": "tokens that each exam of the step might use",
+    "budget": "mean tokens that an exam of the step might use",
     "reward": "mean reward of an exam",
     "score": "mean number of problems solved, whatever their tags",
     **{f"skip_{tier}": f"share of the {tier} problems skipped" for tier in TIERS},
+    **{f"skip_{third}": f"share of the hard problems skipped under {third} budgets"
+       for third in THIRDS},
+    **{f"level_{third}": f"mean level of what is tried under {third} budgets" for third in THIRDS},
     "level_accuracy": "share of tags that name the real level, where the budget did not cut",
     "accuracy": "share of the answers given that are right",
     "tokens": "mean tokens spent on an exam",
@@ -41,17 +47,24 @@ COLUMNS = {
     "no_spread": "share of groups whose rewards are all equal: they teach nothing",
     "grad_norm": "norm of the gradient before clipping",
     "entropy": "mean entropy of a response token, in nats, over the groups with spread",
+    "level_entropy": "the same of the tokens that are a level: 0 where nothing is left to choose",
     "logprob_gap": "mean difference of sampler's and trainer's log-probabilities, in nats",
     "seconds": "time of training so far",
 }
 
 
-def describe(table: pd.DataFrame) -> dict[str, float]:
-    """What a table of rollouts alone decides of `COLUMNS`, and the rest of `evaluation.rates`."""
-    tokens, finished = responses(table)[["tokens", "finished"]].mean()
-    return rates(table) | {"reward": float(exam_rewards(table).double().nanmean()),
-                           "score": pd.Series(points(table)).mean(),
-                           "tokens": tokens, "cut": 1 - finished}
+def describe(table: pd.DataFrame, budgets: Sequence[int]) -> dict[str, float]:
+    """What a table of rollouts alone decides of `COLUMNS`, and the rest of `evaluation.rates`;
+    `budgets` are those of the recipe."""
+    budget, tokens, finished = responses(table)[["budget", "tokens", "finished"]].mean()
+    third = np.searchsorted(np.quantile(budgets, [1 / 3, 2 / 3]), table["budget"])
+    hard, tagged = table["tier"] == TIERS[-1], table["predicted"] >= 0
+    tried = table["predicted"].where(tagged & ~table["skipped"])
+    by_budget = {f"{name}_{word}": values[third == i].mean() for i, word in enumerate(THIRDS)
+                 for name, values in (("skip", table["skipped"].where(hard)), ("level", tried))}
+    return rates(table) | by_budget | {
+        "reward": float(exam_rewards(table).double().nanmean()), "budget": budget,
+        "score": pd.Series(points(table)).mean(), "tokens": tokens, "cut": 1 - finished}
 
 
 def check_gap(gap: float) -> float:
@@ -77,36 +90,30 @@ def logprob_gap(model, engine: TorchEngine, group: pd.DataFrame, temperature: fl
     return check_gap(float(((torch.cat(theirs, 1) - ours).abs() * mask).sum() / mask.sum()))
 
 
-def save_snapshot(work: Path, model, recipe: RARLRecipe, step: int) -> None:
-    """Keep a copy of the model below `work` after the steps that the recipe names."""
-    if step in recipe.snapshots:
-        files.write_folder(work / "snapshots" / f"step-{step:06d}", model.save_pretrained)
-
-
 def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
           on_step: Callable[[dict], None] | None = None):
-    """Train `model` in place, and return it; `work` keeps states, `log.csv` and `snapshots/`, and a
-    run found there goes on. `on_step` gets each row of the log. `ValueError`: see
+    """Train `model` in place, and return it; `work` keeps states and `log.csv`, and a run found
+    there goes on. `on_step` gets each row of the log. `ValueError`: see
     `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or gradient."""
     model.eval()  # dropout would put sampler and trainer out of step
+    model.get_input_embeddings().requires_grad_(False)  # numbers keep their neighbours
     with common.run_folder(work, recipe, env.world, start=checkpoints.weights_hash(model)):
         optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=0.0)
-        state = files.newest_complete(work)
+        state = newest_complete(work)
         first = checkpoints.load_training_state(state, model, [optimizer])["step"] if state else 0
-        if first == 0:
-            save_snapshot(work, model, recipe, 0)
         engine = engine_for(model, env.tokenizer)  # over the live weights: never stale
         log = common.TrainingLog(work, list(COLUMNS), first)
         bar = tqdm(range(first, recipe.steps), "RARL", recipe.steps, initial=first, unit="step")
         for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * (1 - step / recipe.steps)
             table, learned = train_step(env, model, engine, optimizer, recipe, step, pool)
             gap, done = math.nan, step + 1
             if step % recipe.log_every == 0:
                 gap = logprob_gap(model, engine, table[table["exam"] == 0], recipe.temperature)
-            log.append({"step": done, "budget": int(table["budget"].iloc[0]), **describe(table),
-                        **learned, "logprob_gap": gap})
+            log.append({"step": done, **describe(table, recipe.budgets), **learned,
+                        "logprob_gap": gap})
             bar.set_postfix({name: log.rows[-1][name] for name in SHOWN})
-            save_snapshot(work, model, recipe, done)
             if done % recipe.save_every == 0 or done == recipe.steps:
                 checkpoints.save_step(work, model, [optimizer], {"step": done})
             if on_step:
@@ -143,8 +150,7 @@ def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
     checkpoint = checkpoint or world.method("mft").checkpoint
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, and the recipe does not use it")
-    env, model = common.load_start(world, checkpoint, out)
-    env.check_budget(min(recipe.budgets))
+    env, model = common.load_start(world, checkpoint, out, recipe.budgets)
     pool = load_pool(world, "train", root)
     if recipe.trl and recipe.steps:
         from roi_lib.training import trl  # takes seconds, and only large models need it

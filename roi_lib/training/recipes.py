@@ -10,17 +10,19 @@ class PretrainRecipe:
     hidden: int = 128  # width
     layers: int = 4  # blocks of attention and feed-forward
     heads: int = 4  # of the queries
-    kv_heads: int = 4  # of the keys and values
+    kv_heads: int = 2  # of the keys and values
     intermediate: int = 384  # width inside the feed-forward layers
-    steps: int = 4_000  # optimizer steps; 0: the random start
+    steps: int = 3_200  # optimizer steps; 0: the random start
     batch_tokens: int = 8_192  # padded tokens a step
     muon_lr: float = 0.02  # Muon's peak, for the matrices
     adamw_lr: float = 5e-3  # AdamW's peak, for everything else
-    warmup: float = 0.02  # share of the steps for linear warm-up
+    warmup: float = 0.02625  # share of the steps for linear warm-up
     hold: float = 0.4  # share of the steps before linear decay sets in
     alone: float = 0.5  # share of rows with a single problem
     styles: tuple[tuple[str, float], ...] = (  # (prompting style, share of rows)
-        ("direct", 0.8), ("plan_and_solve", 0.1), ("least_to_most", 0.1))
+        ("direct", 0.30), ("rated", 0.06), ("counted", 0.08), ("brief", 0.22),
+        ("rated_brief", 0.05), ("counted_brief", 0.05), ("at_once", 0.04),
+        ("plan_and_solve", 0.06), ("least_to_most", 0.14))
     longest_row: int = 512  # in tokens; longer ones are drawn again
     rows_at_once: int = 2_048  # rows sorted by length at a time
     log_every: int = 25  # steps between rows of the log

@@ -20,7 +20,7 @@ from roi_lib.rarl import STYLE, exam_rewards, roll_out, training_exams
 from roi_lib.sitting import responses
 from roi_lib.store.checkpoints import weights_hash
 from roi_lib.training import common
-from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe, save_snapshot
+from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe
 from roi_lib.worlds import RARLRecipe, check_choice
 
 GAP = "sampling/sampling_logp_difference/mean"  # of vLLM and trainer, as TRL's log has it
@@ -45,7 +45,7 @@ def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
         max_completion_length=max(recipe.budgets),  # the constant normaliser
         beta=0.0, mask_truncated_completions=False,  # a response cut by the budget must count
         temperature=recipe.temperature, top_p=1.0, top_k=0, weight_decay=0.0,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="constant",
+        learning_rate=recipe.learning_rate, lr_scheduler_type="linear",
         max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16, ddp_find_unused_parameters=False,
         gradient_checkpointing=trl.checkpointing, logging_steps=1, disable_tqdm=True,
         logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
@@ -81,16 +81,17 @@ class ExamRollouts:
     def __init__(self, env: Environment, recipe: RARLRecipe, pool=None) -> None:
         self.env, self.recipe, self.pool, self.row = env, recipe, pool, {}
 
-    def step(self, step: int) -> tuple[list[Exam], int, list[str]]:
-        """Exams, budget in tokens, and user messages of a step."""
-        exams, budget = training_exams(self.env.world, self.recipe, step, self.pool)
-        return exams, budget, [self.env.message(exam, budget, STYLE) for exam in exams]
+    def step(self, step: int) -> tuple[list[Exam], list[int], list[str]]:
+        """Exams, their budgets in tokens, and user messages of a step."""
+        exams, budgets = training_exams(self.env.world, self.recipe, step, self.pool)
+        return exams, budgets, [self.env.message(exam, budget, STYLE)
+                                for exam, budget in zip(exams, budgets, strict=True)]
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
         """Rollouts of this process's prompts; `ValueError`: they are not exams of the step in whole
         groups. `FloatingPointError`: NaN or infinite logits; names the step."""
         step, n = trainer.state.global_step, self.recipe.rollouts
-        (exams, budget, messages), own = self.step(step), prompts[::n]
+        (exams, budgets, messages), own = self.step(step), prompts[::n]
         if [m for m in own for _ in range(n)] != prompts or not set(own) <= set(messages):
             raise ValueError(f"the prompts of step {step} are not its exams, {n} times each; give "
                              "the trainer those of the same recipe, not shuffled")
@@ -99,10 +100,10 @@ class ExamRollouts:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         engine = engine_for(base, words) if not trainer.use_vllm else TrainerVLLM(
             trainer, all_eos_ids(base.generation_config, words))
-        table = roll_out(self.env, engine, [exams[i] for i in numbers], budget, self.recipe, step,
-                         numbers)
+        table = roll_out(self.env, engine, [exams[i] for i in numbers],
+                         [budgets[i] for i in numbers], self.recipe, step, numbers)
         model.train()
-        self.row = describe(table) | {"budget": budget}
+        self.row = describe(table, self.recipe.budgets)
         whole = responses(table)
         return {
             "prompt_ids": list(map(list, whole["prompt"])),
@@ -113,7 +114,7 @@ class ExamRollouts:
 
 
 class StepReport(common.Report):
-    """Log, snapshots and bar as in `training.rarl`; rows tell of the first process's rollouts."""
+    """Log and bar as in `training.rarl`; rows tell of the first process's rollouts."""
 
     columns = list(COLUMNS)
 
@@ -121,26 +122,17 @@ class StepReport(common.Report):
         super().__init__()
         self.rollouts = rollouts
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        super().on_train_begin(args, state, control)
-        self.on_step_end(args, state, control, model)  # the start is step 0
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Keep the model (of a model with adapters: those) after the steps `recipe.snapshots`."""
-        super().on_step_end(args, state, control)
-        if state.is_world_process_zero:
-            save_snapshot(Path(args.output_dir), model, self.rollouts.recipe, state.global_step)
-
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """One row a step; `FloatingPointError`: NaN or infinite loss or gradient."""
         if "grad_norm" not in logs or not state.is_world_process_zero:
             return
         row, step = self.rollouts.row, state.global_step
-        common.check_finite(logs, f"step {step}, budget {row['budget']}")
+        common.check_finite(logs, f"step {step}")
         # TRL measures the gap with vLLM; our torch engine samples with the trainer's own weights
         gap = check_gap(float(logs[GAP])) if GAP in logs else math.nan
         self.log.append(row | {
             "step": step, "grad_norm": float(logs["grad_norm"]), "entropy": float(logs["entropy"]),
+            "level_entropy": math.nan,
             "no_spread": float(logs["frac_reward_zero_std"]), "logprob_gap": gap})
         self.training_bar.set_postfix({name: self.log.rows[-1][name] for name in SHOWN})
 
@@ -152,6 +144,7 @@ def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=N
     def exam_reward(reward, **kwargs) -> list[float | None]:
         return reward  # which the rollouts brought along
 
+    model.get_input_embeddings().requires_grad_(False)  # as LoRA does, and as in `training.rarl`
     rollouts = ExamRollouts(env, recipe, pool)
     prompts = [m for step in range(recipe.steps) for m in rollouts.step(step)[2]]
     trainer = GRPOTrainer(
