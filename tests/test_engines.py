@@ -16,7 +16,8 @@ import pytest
 from roi_lib.__main__ import main
 from roi_lib.engines import EngineConfig, logs
 from roi_lib.engines.logs import LoggedEngine, RunLog
-from roi_lib.engines.openai import OpenAIEngine, Usage
+from roi_lib.engines.openai import OpenAIEngine
+from roi_lib.engines.protocol import Usage
 from roi_lib.engines.replay import ReplayEngine
 from roi_lib.engines.vllm import INSTALL_VLLM, VLLMEngine, vllm_installed
 from roi_lib.exams import Exam, draw_papers, in_orders

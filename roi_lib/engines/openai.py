@@ -8,41 +8,26 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
 
 import anyio
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from roi_lib.engines.protocol import FailedTry, count, one_line, read_reply, with_request
+from roi_lib.engines.protocol import (
+    FailedTry,
+    Usage,
+    count,
+    one_line,
+    read_reply,
+    with_request,
+)
 from roi_lib.engines.vllm import stream_seed
 from roi_lib.generation import Engine, Request, Rollout, Stream
 from roi_lib.worlds import check_choice
 
 LONGEST_WAIT = 60.0  # seconds before a retry; a server that asks for more ends the run
-
-
-@dataclass
-class Usage:
-    """What a server was asked for and what it charged, summed over one run."""
-
-    responses: int = 0  # good ones
-    failed: int = 0  # requests refused, or given up after all retries
-    retries: int = 0  # requests sent again
-    overrun: int = 0  # tokens sent beyond the budget
-    tokens_in: int = 0  # prompt tokens, as the server counts them, in failed tries too
-    tokens_out: int = 0  # response tokens, as the server counts them (hidden reasoning included)
-    uncounted: int = 0  # good ones that the server did not count, so the tokenizer did
-
-    def report(self, price_in: float = 0.0, price_out: float = 0.0) -> str:
-        """One line: counts, and the cost for prices per million tokens."""
-        cost = (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
-        unknown = f" (true cost unknown: the server did not count {self.uncounted} responses)"
-        return (f"{self.responses} responses, {self.failed} failed, {self.retries} retries; "
-                f"{self.tokens_in} tokens in, {self.tokens_out} out, {self.overrun} beyond the "
-                f"budget; cost {cost:.4f} at {price_in:g} and {price_out:g} per million"
-                + unknown * bool(self.uncounted))
 
 
 class OpenAIEngine(Engine):

@@ -1,11 +1,34 @@
-"""What is sent to an OpenAI-compatible server, and what comes back, which may be any JSON."""
+"""What is sent to an OpenAI-compatible server, what comes back, which may be any JSON, and what it
+costs."""
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from roi_lib.generation import Rollout, within_budget
+
+
+@dataclass
+class Usage:
+    """What a server was asked for and what it charged, summed over one run."""
+
+    responses: int = 0  # good ones
+    failed: int = 0  # requests refused, or given up after all retries
+    retries: int = 0  # requests sent again
+    overrun: int = 0  # tokens sent beyond the budget
+    tokens_in: int = 0  # prompt tokens, as the server counts them, in failed tries too
+    tokens_out: int = 0  # response tokens, as the server counts them (hidden reasoning included)
+    uncounted: int = 0  # good ones that the server did not count, so the tokenizer did
+
+    def report(self, price_in: float = 0.0, price_out: float = 0.0) -> str:
+        """One line: counts, and the cost for prices per million tokens."""
+        cost = (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
+        unknown = f" (true cost unknown: the server did not count {self.uncounted} responses)"
+        return (f"{self.responses} responses, {self.failed} failed, {self.retries} retries; "
+                f"{self.tokens_in} tokens in, {self.tokens_out} out, {self.overrun} beyond the "
+                f"budget; cost {cost:.4f} at {price_in:g} and {price_out:g} per million"
+                + unknown * bool(self.uncounted))
 
 
 class FailedTry(Exception):
