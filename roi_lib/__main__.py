@@ -13,8 +13,10 @@ import tyro
 
 from roi_lib import worlds
 from roi_lib.exams import draw_papers
+from roi_lib.experiments.estimate import ASSUMED, Assumed
 from roi_lib.problems import SPLITS
 from roi_lib.store import files, papers, sources
+from roi_lib.store.deadline import Deadline, OutOfTime
 from roi_lib.training.recipes import PretrainRecipe
 from roi_lib.worlds import ORDERS, World, check_choice, get_world
 
@@ -39,7 +41,7 @@ def read_list(info):
 class Run:
     """Which world and methods, on how many papers, and how they run."""
 
-    world: str = "pocket"  # pocket (runs anywhere) or paper (real datasets, Qwen2.5)
+    world: str = "pocket"  # pocket (runs anywhere), small or paper (real datasets, Qwen2.5)
     methods: tuple[str, ...] = ("base",)  # all: every one whose checkpoint is there
     exams: int = 512  # number of papers, drawn from the test split
     seed: int = 0  # of papers, sampling and bootstrap
@@ -49,6 +51,7 @@ class Run:
     workers: int | None = None  # processes; as many as pay
     log: Path | None = None  # folder of run logs; a run found there goes on
     progress: bool = True  # progress bars on standard error
+    minutes: float | None = None  # stop after so many (exit status 75); the --log goes on
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,11 @@ class ExamRun(Run):
     problems: Path | None = None  # your own: JSON Lines of {"problem", "answer", "tier"}
     papers: Path | None = None  # sit the papers of this list (JSON), with its seed
     write_papers: Path | None = None  # write the list of the papers' ids, for somebody else
-    base_url: str | None = None  # openai: address of the server, up to /v1
+    # openai: address of a server, up to /v1; given several times, they share the work
+    base_url: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     api: Literal["completions", "chat"] = "completions"  # openai: token ids, or messages
     key_variable: str = "OPENAI_API_KEY"  # openai: environment variable with the API key
-    concurrency: int = 8  # openai: requests at a time
+    concurrency: int = 8  # openai: requests at a time, per server
     retries: int = 4  # openai: further tries after a failure
     timeout: float = 120.0  # openai: seconds a try, whatever has come
     # openai: rename a parameter of requests (max_tokens=max_completion_tokens), drop one (seed=),
@@ -103,7 +107,8 @@ def engine_of(args: Run, world: World):
     options = {name: value for name, value in vars(args).items()
                if name in server and args.engine == "openai"}
     dtype = args.dtype or (world.table_dtype if args.engine == "torch" else None)
-    return EngineConfig(args.engine, options, args.log, args.progress, dtype)
+    return EngineConfig(args.engine, options, args.log, args.progress, dtype,
+                        Deadline.after(args.minutes))
 
 
 def exam(args: Omit[ExamRun]) -> None:
@@ -205,6 +210,41 @@ def counterfactuals(out: Path, models: tuple[str, ...] = ("mft", "rarl"), world:
     print(f"wrote {out}")
 
 
+def merge(adapters: Positional[str], out: Positional[Path]) -> None:
+    """Write adapters and their base as one checkpoint, for vLLM and others.
+
+    Example: python -m roi_lib merge data/small-mft runs/small-mft-merged"""
+    from roi_lib.store.checkpoints import merge_adapters
+    merge_adapters(adapters, out)
+    print(f"wrote {out}")
+
+
+def estimate(assumed: Omit[Assumed], mft: worlds.MFTRecipe, rarl: worlds.RARLRecipe,
+             world: str = "pocket", device: str = "cpu2", model: str | None = None,
+             work: Path | None = None, out: Path | None = None) -> None:
+    """What a world's recipes cost on cpu2, t4, 4090, a100 or h100: tokens, FLOPs, memory, hours.
+
+    Example: python -m roi_lib estimate --world paper --device 4090"""
+    from roi_lib.experiments import estimate as estimates
+    from roi_lib.training.costs import DEVICES, parameters
+    if out:
+        files.check_file(out)
+    check_choice("device", device, DEVICES)
+    its = replace(get_world(world), mft=mft, rarl=rarl)
+    name = model or its.method("base").checkpoint
+    given = its, estimates.shape_of(name), DEVICES[device], assumed
+    table, too_large = estimates.estimate(*given)
+    compared = estimates.compare(work, *given) if work else None
+    means = ", ".join(f"{key} {value}" for key, value in asdict(assumed).items())
+    print(f"{name} ({parameters(given[1]):,} parameters) on {device}\nassumed: {means}\n\n"
+          f"{estimates.report(table, too_large, compared)}")
+    if out:
+        tables = {key: json.loads(rows.to_json(orient="records"))  # NaN: null
+                  for key, rows in (("stages", table), ("work", compared)) if rows is not None}
+        files.write_json(out, {"world": world, "device": device, "model": name, **asdict(assumed),
+                               "too_large": too_large, **tables})
+
+
 def doctor() -> None:
     """Check the installation: versions, checkpoints, and how to mend what is wrong.
 
@@ -225,6 +265,7 @@ class Stage:
     papers: int = 2_000  # rarl: unseen papers behind the card
     data: Path | None = None  # local folder with the paper world's datasets
     work: Path | None = None  # log and states, runs/STAGE; a run found there goes on
+    minutes: float | None = None  # stop at the first checkpoint after so many, with exit status 75
     out: Path | None = None  # the checkpoint; data/WORLD-STAGE
 
     def folders(self, stage: str) -> tuple[Path, Path]:
@@ -255,7 +296,7 @@ def mft(recipe: Omit[worlds.MFTRecipe], stage: Omit[Stage]) -> None:
     Example: python -m roi_lib train mft --seed 1 --work runs/mft-1 --out runs/mft-1-out"""
     from roi_lib.training.mft import train_mft
     train_mft(get_world(stage.world), *stage.folders("mft"), recipe, stage.model, stage.engine,
-              stage.data)
+              stage.data, Deadline.after(stage.minutes))
 
 
 def rarl(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage]) -> None:
@@ -264,7 +305,7 @@ def rarl(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage]) -> None:
     Example: python -m roi_lib train rarl --steps 120 --budgets 64,128 --out runs/rarl-out"""
     from roi_lib.training.rarl import train_rarl
     train_rarl(get_world(stage.world), *stage.folders("rarl"), recipe, stage.model, stage.papers,
-               stage.engine, stage.vllm_url, stage.data)
+               stage.engine, stage.vllm_url, stage.data, Deadline.after(stage.minutes))
 
 
 def ablations(recipe: Omit[worlds.RARLRecipe], stage: Omit[Stage], variants: tuple[str, ...] = (),
@@ -302,8 +343,10 @@ def commands(world: World) -> tyro.extras.SubcommandApp:
         train.command(partial(command, recipe=recipe, stage=stage), name=command.__name__)
     train.command(partial(ablations, recipe=replace(world.rarl, steps=80, exams=8),
                           stage=replace(stage, papers=400)), name="ablations")
-    for command in (exam, sweep, osmckp, bench, diagnose, counterfactuals, doctor):
+    for command in (exam, sweep, osmckp, bench, diagnose, counterfactuals, merge, doctor):
         app.command(command)
+    app.command(partial(estimate, assumed=ASSUMED[world.name], mft=world.mft, rarl=world.rarl,
+                        world=world.name), name="estimate")
     app.command(train, name="train", help="Train a stage: tokenizer, pretrain, mft, rarl.")
     return app
 
@@ -320,6 +363,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OutOfTime as error:
+        print(f"stopped as --minutes says: {error}; the same command goes on", file=sys.stderr)
+        sys.exit(75)  # sysexits.h: try again later
     except KeyboardInterrupt:
         print("interrupted; what is in a --log or --work folder is not done again", file=sys.stderr)
         sys.exit(130)

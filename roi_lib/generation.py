@@ -76,6 +76,8 @@ class Engine:
         """(number of a request, its rollouts), each request once, in any order."""
         raise NotImplementedError
 
+    on_tokens = staticmethod(lambda n: None)  # told how many were just made; to be replaced
+
     def generate(self, requests: Sequence[Request],
                  temperature: float = 1.0) -> list[list[Rollout]]:
         """The requests' rollouts, in their order; temperature 0 is greedy decoding."""
@@ -140,7 +142,7 @@ class TorchEngine(Engine):
     step, and finished rows leave the batch. Every row has a random stream of its own, with one
     uniform number a token. `pad_id` fills up prompts of one batch, and is never charged."""
 
-    Decoder = CachedDecoder
+    Decoder, sample = CachedDecoder, staticmethod(sample_token)
     #: Finished rows are dropped once they are this share of the batch (dropping copies the rest).
     DROP_SHARE = 0.25
 
@@ -188,13 +190,14 @@ class TorchEngine(Engine):
         going, logits = torch.ones_like(alive, dtype=torch.bool), decoder.logits
         eos_ids = self.eos_ids.tolist()
         for step in range(longest):
-            broken = going & ~torch.isfinite(logits).all(-1)
+            broken = going & ~torch.isfinite(logits.sum(-1))
             if broken.any():
                 i, k = rows[int(alive[broken][0])]
                 raise FloatingPointError("the model gave NaN or infinite logits at decoding step "
                                          f"{step} of request {i}, rollout {k} (all from 0)")
-            token = sample_token(logits, uniform[alive, step], temperature)
+            token = self.sample(logits, uniform[alive, step], temperature)
             ids[alive, step] = token
+            self.on_tokens(int(going.sum()))
             ended = going & (torch.isin(token, self.eos_ids) | (budget[alive] == step + 1))
             for row in alive[ended].tolist():
                 yield rows[row], within_budget(ids[row, : step + 1].tolist(), budgets[row], eos_ids)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from roi_lib.exams import SKIP_WORDS, Environment, Exam, tag
 from roi_lib.generation import Engine
-from roi_lib.problems import Problem, problem_stream
+from roi_lib.problems import Problem
 from roi_lib.rational import statement_of
 from roi_lib.sitting import sit
 from roi_lib.worlds import TAG_OPEN, TIERS, MFTRecipe, World
@@ -40,22 +40,6 @@ def tag_tokens(env: Environment) -> int:
     return len(ids[0])
 
 
-def training_problems(world: World, count: int, seed: int = 0,
-                      pool: Sequence[Problem] | None = None) -> list[Problem]:
-    """Up to `count` different training problems a tier: all there are, where a pool has fewer."""
-    drawn = []
-    for tier in TIERS:
-        found: dict[str, Problem] = {}
-        repeats = 0
-        for problem in problem_stream(world, tier, "train", seed, pool):
-            repeats += problem.id in found
-            found.setdefault(problem.id, problem)
-            if len(found) == count or repeats > len(found):
-                break
-        drawn += found.values()
-    return drawn
-
-
 @dataclass(frozen=True)
 class Sample:
     """One sampled answer to a problem sat alone."""
@@ -67,16 +51,17 @@ class Sample:
 
 
 def rejection_sample(env: Environment, engine: Engine, problems: Sequence[Problem], k: int = 8,
-                     seed: int = 0, styles: Sequence[str] = ("direct",)) -> list[list[Sample]]:
-    """`k` graded answers to every problem and prompting style, alone, at temperature 1.
+                     seed: int = 0, styles: Sequence[str] = ("direct",),
+                     temperature: float = 1.0) -> list[list[Sample]]:
+    """`k` graded answers to every problem and prompting style, alone.
 
     The budget is the top level's edge: an answer that needs more would be skipped anyway. Of
     several styles, one stands for each level. An `engines.logs.LoggedEngine` keeps all.
     `ValueError`: not one of them is right."""
     extra = tag_tokens(env)
     exams = [Exam((problem,), "easy") for problem in problems for _ in range(k)]
-    table = pd.concat([sit(env, engine, exams, env.world.level_edges[-1], seed=seed, style=style
-                           ).assign(style=style) for style in styles])
+    table = pd.concat([sit(env, engine, exams, env.world.level_edges[-1], seed=seed, style=style,
+                           temperature=temperature).assign(style=style) for style in styles])
     if not table["correct"].any():
         raise ValueError(f"not one of {len(table)} sampled answers is right: there is nothing "
                          "to teach; look at some answers, and check model, prompt and grader")

@@ -1,11 +1,11 @@
-"""Worlds: every choice that differs between the pocket world and the paper's world, as data.
+"""Worlds: every choice that differs between the pocket world and the paper's, as data.
 
 A `World` says where problems come from, how a prompt reads, budgets, level edges, methods, and the
 recipes of training. Functions take what they need from it; none asks which one it is. Notebook 00.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TIERS = ("easy", "medium", "hard")
 ORDERS = ("easy", "medium", "hard")
@@ -23,8 +23,7 @@ class Method:
 
     checkpoint: str | None  # folder, name below data/, or hub id; None: reference solutions
     style: str  # key of World.prompts
-    # Or "knapsack" (Greedy Knapsack); "exact" and "rule": policies over the checkpoint's abilities,
-    # whose Score is computed (see `rational`).
+    # Or "knapsack" (greedy); "exact" and "rule", whose Score follows from abilities (`rational`).
     strategy: str = "whole"
     charged: bool = False  # whether Greedy Knapsack pays for its prediction pass
 
@@ -46,12 +45,10 @@ class MFTRecipe:
 
     problems: int  # training problems sampled a tier (fewer where a source has fewer)
     styles: tuple[str, ...]  # prompting styles under which answers are sampled
-    samples: int  # answers sampled a problem and style, at temperature 1
+    samples: int  # answers sampled a problem and style
     target: str  # which right answer is taught alone: shortest or median (by cost), or any of them
     exams: int  # rows with several problems, after one row for every problem alone
-    # Each of those rows is the best of so many combinations of answers and skips under the budget
-    # of its prompt; 0: what is taught alone, whatever the budget.
-    combinations: int
+    combinations: int  # each the best of so many under its budget; 0: what is taught alone
     budgets: tuple[int, ...]  # that prompts of rows state
     sizes: tuple[tuple[int, int], ...]  # (number of problems, weight) of rows with several
     rows: int  # rows an optimizer step
@@ -68,6 +65,8 @@ class MFTRecipe:
     log_every: int  # optimizer steps between rows of the log
     save_every: int  # optimizer steps between checkpoints; a multiple of log_every
     steps: int = -1  # stop after so many optimizer steps; -1: after all rows
+    report_to: str = "none"  # or tensorboard, wandb, trackio, as transformers has it
+    temperature: float = 1.0  # of the sampled answers
     seed: int = 0  # of problems, samples, rows and weights
 
     def __post_init__(self) -> None:
@@ -87,6 +86,7 @@ class TRLRecipe:
     bf16: bool  # multiply in bfloat16
     checkpointing: bool  # recompute activations in the backward pass, for less memory
     vllm_memory: float = 0.3  # share of a GPU's memory for a vLLM in the trainer's own process
+    report_to: str = "none"  # or tensorboard, wandb, trackio, as transformers has it
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,13 @@ class RARLRecipe:
     exams: int  # exams a step
     rollouts: int  # responses to each exam: the group of Dr. GRPO
     budgets: tuple[int, ...]  # in tokens; the largest is the loss's normaliser
-    # Who draws one of them: every exam, or every step for all its exams. Within a step that has one
-    # budget, nothing tells the policy apart by budget.
-    budget_for: str
-    # Of AdamW at first; it falls linearly to zero. No weight decay. Too high a rate destroys the
-    # policy: accuracy falls and skipping dies out (see `python -m roi_lib diagnose`).
-    learning_rate: float
+    budget_for: str  # who draws one: each exam, or each step for all, which compares no budgets
+    learning_rate: float  # AdamW's, falling linearly to zero; too high a rate destroys the policy
     # (order, weight) of the exams
     orders: tuple[tuple[str, float], ...] = (("hard", 0.5), ("medium", 0.3), ("easy", 0.2))
-    # (number of problems, weight) of the exams
-    sizes: tuple[tuple[int, float], ...] = ((3, 1.0),)
+    sizes: tuple[tuple[int, float], ...] = ((3, 1.0),)  # (number of problems, weight)
     temperature: float = 1.0  # of sampling, and of the log-probabilities
-    # level: right answer and level (the paper's); answer: alone; skip_bonus: a right skip, too
-    reward: str = "level"
+    reward: str = "level"  # right answer and level; answer: alone; skip_bonus: right skips, too
     skip_bonus: float = 0.1  # see reward
     scale: str = "none"  # none as in Dr. GRPO; std: divide by the group's deviation, as GRPO
     normalizer: str = "constant"  # constant as in Dr. GRPO; length: divide by a row's own, as GRPO
@@ -188,8 +182,7 @@ def standard_methods(base: str, mft: str, rarl: str) -> dict[str, Method]:
     }
 
 
-#: One number, which the base knows from calculations, and the last thing said, since the first
-#: decision follows soon: so what is learned of some budgets carries over to others.
+#: One number, said last: so what is learned of some budgets carries over to others.
 _BUDGET = "\n{problems}\nBudget: {budget} tokens."
 #: Budgets of training, without some in between; in equal ratios, for few tokens matter most (RARL).
 TRAINED = tuple(b for b in range(40, 257) if b not in (72, 144, 208))
@@ -243,6 +236,13 @@ tokens; whatever comes after that is lost. Answer the problems in the given orde
 back. Open each answer with its heading, for example "### Problem 1", and put the final answer in \
 \\boxed{{}}."""
 
+_LEVEL_RULES = """ Right after each heading, predict what the problem will cost: \
+<predicted_level>Level-0</predicted_level> for up to {} tokens, Level-1 for up to {}, Level-2 for \
+up to {}. If it is not worth its tokens, write <predicted_level>Level-3</predicted_level> \
+\\boxed{{{{NA}}}} and go on.
+
+{{problems}}"""
+
 PAPER = World(
     name="paper",
     budgets=(512, 1024),
@@ -264,12 +264,7 @@ medium or hard. Then answer; a problem that looks too hard for the budget may be
 \\boxed{{NA}}.
 
 {problems}""",
-        "roi": _EXAM_RULES + """ Right after each heading, predict what the problem will cost: \
-<predicted_level>Level-0</predicted_level> for up to 256 tokens, Level-1 for up to 512, Level-2 \
-for up to 1024. If it is not worth its tokens, write \
-<predicted_level>Level-3</predicted_level> \\boxed{{NA}} and go on.
-
-{problems}""",
+        "roi": _EXAM_RULES + _LEVEL_RULES.format(256, 512, 1024),
     },
     largest_budget=float("inf"),
     tokenizer="gsm8k-bpe",
@@ -289,7 +284,24 @@ for up to 1024. If it is not worth its tokens, write \
         trl=TRLRecipe(rows_at_once=4, lora_rank=32, bf16=True, checkpointing=True)),
 )
 
-WORLDS = {world.name: world for world in (POCKET, PAPER)}
+_SMALL_RULES = """\
+Solve these {n} problems in order; all answers together may use at most {budget} tokens. Begin \
+each answer with its heading, such as "### Problem 1". Do not repeat the problem: reason step by \
+step, briefly, and put each final answer in \\boxed{{}}."""
+#: The paper's world in small: a model of half a billion weights, for two cores or one small GPU.
+SMALL = replace(
+    PAPER, name="small", budgets=(512,), level_edges=(128, 256, 512), centroids=(64, 192, 384),
+    # Such a model repeats what it read last: the problems come first, and are not to be repeated.
+    prompts={style: "{problems}\n\n" + words.replace(_EXAM_RULES, _SMALL_RULES).replace(
+        "\n\n{problems}", "") for style, words in (PAPER.prompts | {
+            "roi": _EXAM_RULES + _LEVEL_RULES.format(128, 256, 512)}).items()},
+    methods=standard_methods("Qwen/Qwen2.5-Coder-0.5B-Instruct", "small-mft", "small-rarl"),
+    mft=replace(PAPER.mft, problems=60, samples=3, temperature=0.7, exams=240, budgets=(512,),
+                rows=8, rows_at_once=2, learning_rate=3e-4, max_length=1_280, lora_rank=8,
+                checkpointing=False, dev_exams=9, card_papers=0, log_every=20, save_every=20),
+    rarl=replace(PAPER.rarl, steps=10, exams=8, rollouts=4, budgets=(512,), save_every=1,
+                 trl=replace(PAPER.rarl.trl, rows_at_once=2, lora_rank=8)))
+WORLDS = {world.name: world for world in (POCKET, PAPER, SMALL)}
 
 
 def get_world(name: str) -> World:

@@ -147,6 +147,10 @@ def misjudged(tried, rational):
     return pairs.count((True, False)) / len(pairs), pairs.count((False, True)) / len(pairs)
 
 
+def papers_needed(deviation, half):
+    return int(np.ceil((1.96 * deviation / half) ** 2))
+
+
 SOLUTIONS = {
     "00.1": finished,
     "00.2": regret_of,
@@ -177,6 +181,9 @@ SOLUTIONS = {
     "07.1": tokens_left,
     "07.2": level_errors,
     "07.3": misjudged,
+    "08.1": lambda layers, kv_heads, head_size, size: 2 * layers * kv_heads * head_size * size,
+    "08.2": lambda weights, size, speed, width: size * speed / (2 * width),
+    "08.3": papers_needed,
 }
 
 WRONG = {
@@ -233,4 +240,10 @@ WRONG = {
     "07.2": [(1, 0), lambda predicted, real: (
         np.equal(predicted, real).mean(), np.less(predicted, real).mean())],
     "07.3": [(0, 0), lambda tried, rational: misjudged(rational, tried)],
+    "08.1": [4, lambda layers, kv_heads, head_size, size: layers * kv_heads * head_size * size,
+             lambda layers, kv_heads, head_size, size: 2 * layers * kv_heads * head_size],
+    "08.2": [1.5, lambda weights, size, speed, width: size * speed / width,
+             lambda weights, size, speed, width: weights * size / width],
+    "08.3": [9, lambda deviation, half: round((1.96 * deviation / half) ** 2),
+             lambda deviation, half: papers_needed(deviation, 2 * half)],
 }

@@ -114,7 +114,7 @@ def test_options_reach_the_stages_of_training(run, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [
-    *"exam sweep osmckp bench diagnose counterfactuals doctor".split(), "",
+    *"exam sweep osmckp bench diagnose counterfactuals merge estimate doctor".split(), "",
     *(f"train {stage}" for stage in "tokenizer pretrain mft rarl ablations".split())])
 def test_every_command_has_help_with_an_example(run, command):
     status, text, _ = run(f"{command} --help")
@@ -128,7 +128,7 @@ exam --budgets 64,4 --exams 2: give at least 5 tokens; exam --budgets 400: give 
 exam --methods rules,genius: genius; exam --problems-per-exam 0: at least 1
 exam --dtype float9: float9; exam --model no-such-folder: name a local folder
 exam --temperature -1 --exams 2: temperature must be 0; exam --problems none.jsonl: none.jsonl
-exam --engine replay --exams 2: lacks 2 of 2 responses; exam --papers own.json: own.json
+exam --engine replay --exams 2: lacks 6 of 6 responses; exam --papers own.json: own.json
 exam --world paper --methods all: whose checkpoints the hub has; exam --save .: is not replaced
 exam --out .: --out names something that is no file; exam --plot no/x.png: the folder of --plot
 sweep weather --out x.csv: problems, mix; sweep mix --out no/x.csv: the folder of --out
@@ -146,7 +146,11 @@ train rarl --engine server --out x: needs TRL's trainer
 train rarl --budgets 64,4 --out x: give at least 5 tokens; train rarl --out .: is not replaced
 train rarl --model no-such-folder --out x: name a local folder; train mft --out .: is not replaced
 train pretrain --out .: is not replaced; train tokenizer --out .: is not replaced
-train ablations --variants luck --out x.csv: mft, reference"""
+train ablations --variants luck --out x.csv: mft, reference
+merge pocket-base x: there is nothing to merge; train mft --minutes -1 --out x: 0 or more
+estimate --device abacus: cpu2, t4
+estimate --model no-such-folder: name a local folder; estimate --out own.json: own.json
+estimate --work none: none/recipe.json"""
 
 
 @pytest.mark.parametrize("case", [one for line in REFUSED.splitlines() for one in line.split("; ")])

@@ -128,7 +128,7 @@ def test_names_of_methods_and_of_groups_of_them(small_world, refusal):
 def test_what_happens_in_a_worker_is_told(small_world, refusal):
     dying = type("Dying", (), {"__reduce__": lambda _: (os._exit, (1,))})()  # when it is unpickled
     comparison = Comparison(small_world, PAPERS[:1], engine=EngineConfig("replay"))
-    assert "lacks 1 of 1" in refusal(run_methods, comparison, ["base"], [16], 2)
+    assert "lacks 3 of 3" in refusal(run_methods, comparison, ["base"], [16], 2)
     comparison = replace(comparison, engine=EngineConfig(options={"max_rows": dying}))
     with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
         run_methods(comparison, ["base"], [16], workers=2)
@@ -156,6 +156,6 @@ def test_a_log_is_replayed_and_that_of_another_run_refused(small_world, tmp_path
     replay = replace(comparison, engine=EngineConfig("replay", log=tmp_path))
     assert same(run_method(replay, "base", 16), first)
     replay = replace(replay, papers=PAPERS[:2])
-    assert "lacks 1 of 2 responses" in refusal(run_method, replay, "base", 16)
+    assert "lacks 3 of 6 responses" in refusal(run_method, replay, "base", 16)
     log.write_text(log.read_text().replace('"model": "', '"model": "0', 1))
     assert "log of another run: its model is '0" in refusal(run_method, comparison, "base", 16)

@@ -66,7 +66,7 @@ def reference_targets(env, problems):
 @pytest.fixture(scope="module")
 def lessons(env):
     """24 problems, and answers to each in full, in brief, at once, and wrong; to 4 only wrong."""
-    problems = core.training_problems(POCKET, 8)
+    problems = mft.training_problems(POCKET, 8)
     samples = [[*some, WRONG] for some in reference_samples(env, problems, SMALL.styles)]
     return problems, [[WRONG] if i % 6 == 5 else some for i, some in enumerate(samples)]
 
@@ -104,7 +104,7 @@ def test_under_a_budget_a_label_is_an_answer_that_fits(refusal):
 
 def test_any_right_answer_is_one_drawn_by_the_problem_alone():
     """So that a level stands for an effort: each comes often, in whatever order they were found."""
-    problems = core.training_problems(POCKET, 40)
+    problems = mft.training_problems(POCKET, 40)
     levels = [[core.align(POCKET, p, some, "any").level for p in problems] for some in (
         [right(20), right(40), right(70)], [right(70), right(20), right(40)])]
     assert levels[0] == levels[1] and min(map(levels[0].count, range(3))) > 25
@@ -195,7 +195,7 @@ def test_rejection_sampling_counts_the_tag_that_is_to_come(env, style, good):
     """A long search is no answer in full, but one in brief."""
     stream = problem_stream(POCKET, "hard", "train", 0)
     search = next(p for p in stream if p.solution.count("mod") > 10)
-    problems = [*core.training_problems(POCKET, 4), search]
+    problems = [*mft.training_problems(POCKET, 4), search]
     found = core.rejection_sample(env, writer(env, problems), problems, 2, 0, (style,))
     for problem, (sample, same) in zip(problems, found, strict=True):
         words = reference_response(POCKET, [problem], style)
@@ -227,7 +227,7 @@ class Always(dict):
 def test_no_right_sample_at_all(env, refusal):
     engine = ReplayEngine(Always(ids=env.encode("Q1. <predicted_level>Level-1 \\boxed{320}")), 0)
     assert "not one of 6 sampled answers is right" in refusal(
-        core.rejection_sample, env, engine, core.training_problems(POCKET, 2), 1)
+        core.rejection_sample, env, engine, mft.training_problems(POCKET, 2), 1)
 
 
 @pytest.mark.parametrize(("level", "found"), [("Level-3", "Level-3 x"), ("Level-0", "Level-1")])
@@ -373,13 +373,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(env, lessons, tmp_path, monkeyp
 def test_paper_world_rows_train_with_adapters(real_data, tmp_path):
     """Real GSM8K, MATH and AIME rows, LoRA, bf16 and checkpointing, on a random model."""
     pool = load_pool(PAPER, "train", real_data)
-    problems = core.training_problems(PAPER, 6, pool=pool)
+    problems = mft.training_problems(PAPER, 6, pool=pool)
     env = Environment(PAPER, train_bpe((p.text + p.solution for p in problems), size=400))
     recipe = replace(PAPER.mft, exams=8, rows=4, rows_at_once=2, dev_exams=1, log_every=3,
                      lora_rank=2)
     rows = core.curriculum(env, problems, reference_samples(env, problems), recipe)
     start = tiny_model(env.tokenizer).float().state_dict()
-    after = mft.fine_tune(env, tiny_model(env.tokenizer).float(), rows, recipe, tmp_path, pool)
+    after = mft.fine_tune(env, tiny_model(env.tokenizer).float(), rows, recipe, tmp_path,
+                          pool).merge_and_unload()
     changed = {name for name, w in after.state_dict().items() if not torch.equal(w, start[name])}
     assert changed and all("_proj.weight" in name for name in changed)
 
@@ -418,7 +419,7 @@ def sampled(env, problems, work, start):
 @pytest.mark.parametrize("own", [False, True], ids=["the world's tokenizer", "a tokenizer"])
 def test_from_a_checkpoint_to_a_checkpoint_and_again(env, small_world, tmp_path, own):
     """A start with a tokenizer of its own hands it on; read with the world's, all were nonsense."""
-    problems, recipe = core.training_problems(POCKET, 8), SMALL
+    problems, recipe = mft.training_problems(POCKET, 8), SMALL
     if own:
         words = train_bpe((p.text + p.solution for p in problems), size=400)
         tiny_model(words).save_pretrained(tmp_path / "start")

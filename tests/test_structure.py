@@ -10,13 +10,15 @@ from conftest import ROOT
 #: Each imports from those before it only. First the core, in reading order; then room by room.
 ORDER = [
     "worlds problems exams grading generation sitting osmckp rational mft rarl evaluation",
-    "store.files store.sources store.checkpoints store.tokenizers store.papers",
-    "engines.logs engines.replay engines.llama engines.vllm engines.protocol engines.openai "
-    "engines.__init__",
-    "training.recipes training.common training.pretrain training.mft training.rarl training.trl",
+    "store.deadline store.files store.sources store.checkpoints store.tokenizers store.papers",
+    "engines.logs engines.replay engines.llama engines.vllm engines.protocol engines.pool "
+    "engines.openai engines.__init__",
+    "training.recipes training.costs training.common training.pretrain training.mft training.rarl "
+    "training.trl",
     "experiments.knapsack experiments.methods experiments.table "
     "experiments.counterfactuals experiments.diagnosis experiments.ablations "
-    "experiments.statistics experiments.benches",
+    "experiments.statistics experiments.benches experiments.estimate",
+    "bridges.papers bridges.trl bridges.inspect",
     "teaching.plots teaching.exercises teaching.doctor", "__main__"]
 MODULES = [name for line in ORDER for name in line.split()]
 TEXTS = {".".join(path.relative_to(ROOT / "roi_lib").with_suffix("").parts): path.read_text()
@@ -45,7 +47,7 @@ def test_modules_import_one_way_and_the_core_no_room():
 def test_the_core_is_read_in_an_evening_and_everything_is_short():
     lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
     assert sum(lines[name] for name in ORDER[0].split()) <= 2_300
-    assert sum(lines.values()) <= 7_100 and max(lines.values()) <= 520
+    assert sum(lines.values()) <= 8_060 and max(lines.values()) <= 520
     assert [f"{name}: {node.name}" for name in MODULES for node in ast.walk(ast.parse(TEXTS[name]))
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60] == []
 

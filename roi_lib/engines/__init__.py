@@ -11,6 +11,7 @@ from roi_lib.engines.openai import OpenAIEngine
 from roi_lib.engines.vllm import VLLMEngine
 from roi_lib.generation import Engine
 from roi_lib.store.checkpoints import load_model, model_hash
+from roi_lib.store.deadline import NEVER, Deadline
 from roi_lib.worlds import check_choice
 
 
@@ -23,6 +24,7 @@ class EngineConfig:
     log: Path | None = None  # folder of run logs, METHOD-BUDGET.jsonl each
     progress: bool = False  # whether a long run shows a bar
     dtype: str | None = None  # arithmetic instead of the one that `make` is given
+    deadline: Deadline = NEVER  # ends a run with `OutOfTime`
 
     def __post_init__(self) -> None:
         check_choice("engine", self.name, ("torch", "vllm", "openai", "replay"))
@@ -52,4 +54,4 @@ class EngineConfig:
         if "request" in self.options:
             header["request"] = sorted(self.options["request"]) or None
         log = RunLog(self.log / f"{what}.jsonl", header, vocabulary) if self.log else None
-        return LoggedEngine(engine, log, what if self.progress else None)
+        return LoggedEngine(engine, log, what if self.progress else None, self.deadline)

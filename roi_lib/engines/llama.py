@@ -9,8 +9,10 @@ import torch
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from roi_lib.generation import TorchEngine
+from roi_lib.generation import TorchEngine, sample_token
 from roi_lib.store.checkpoints import check_tokenizer
+
+BLOCK = 128  # tokens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -164,15 +166,36 @@ class LlamaDecoder:
                 layer[:] = [tensor.index_select(1, places) for tensor in layer]
 
 
+def sample_in_blocks(logits: torch.Tensor, uniform: torch.Tensor,
+                     temperature: float) -> torch.Tensor:
+    """`sample_token` for half precision, [rows, vocabulary]: first a block of tokens, then one in
+    it. A large vocabulary takes a third of the time so, which is half of a step's."""
+    if temperature == 0 or logits.dtype.itemsize > 2:
+        return sample_token(logits, uniform, temperature)
+    weights = torch.softmax(logits.float() / temperature, -1)
+    if rest := -weights.shape[-1] % BLOCK:
+        weights = pad(weights, (0, rest))
+    blocks = weights.unflatten(-1, (-1, BLOCK))
+    sums, rows = blocks.sum(-1).double(), torch.arange(len(blocks), device=blocks.device)
+    ends, below = sums.cumsum(-1), 1 - 1e-9  # below the sum: a token of no weight is never chosen
+    place = uniform[:, None].clamp(max=below) * ends[:, -1:]
+    block = torch.searchsorted(ends, place, right=True)
+    inner = blocks[rows, block[:, 0]].double().cumsum(-1)
+    place = torch.minimum(place - (ends - sums).gather(1, block), inner[:, -1:] * below)
+    return (block * BLOCK + torch.searchsorted(inner, place, right=True))[:, 0]
+
+
 class LlamaEngine(TorchEngine):
     """`TorchEngine` for models built like Llama, several times faster on a processor."""
 
     Decoder = LlamaDecoder
+    sample = staticmethod(sample_in_blocks)
 
 
 def engine_for(model, tokenizer, **options) -> TorchEngine:
     """The torch engine of a model: a `LlamaEngine` where `forward` is that of the model (known
     layers, no sliding window); see `check_tokenizer`."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters count
     config = model.config
     check_tokenizer(config, tokenizer, model.name_or_path or "the model")
     fits = config.model_type in ("llama", "qwen2") and set(

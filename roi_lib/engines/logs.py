@@ -17,10 +17,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from roi_lib.generation import Engine, Request, Rollout, Stream, within_budget
+from roi_lib.store.deadline import NEVER, Deadline
 from roi_lib.store.files import lock
 
 ENOUGH = 8  # requests: if the first so many all fail, others will
-BAR = {"delay": 5.0, "mininterval": 5.0, "smoothing": 0}  # progress: only where it takes long [s]
+#: Progress, in seconds: only where it takes long.
+BAR = {"delay": 5.0, "mininterval": 5.0, "miniters": 0, "smoothing": 0}
 
 
 def read_rollout(row: dict, vocabulary: int) -> Rollout:
@@ -100,11 +102,13 @@ class RunLog:
 class LoggedEngine(Engine):
     """An engine that looks into a log first, and keeps there what it has to make; None for one that
     makes nothing (a replay). Without a log, one in memory: equal requests are answered once.
-    `progress` names the run on a bar on standard error, if it takes long; None for no bar."""
+    `progress` names the run on a bar on standard error, if it takes long; None for no bar. It ends
+    with `OutOfTime` at the first response after the `deadline`; those under way are not kept."""
 
     def __init__(self, engine: Engine | None, log: RunLog | None = None,
-                 progress: str | None = None) -> None:
+                 progress: str | None = None, deadline: Deadline = NEVER) -> None:
         self.engine, self.log, self.progress = engine, log or RunLog(None, {}), progress
+        self.deadline = deadline
 
     def stream(self, requests: Sequence[Request], temperature: float = 1.0) -> Stream:
         """See `Engine`; `ValueError`: a replay of what is not in the log, or a log in use."""
@@ -121,16 +125,27 @@ class LoggedEngine(Engine):
         yield from [(i, self.log.read(k, requests[i])) for i, k in enumerate(keys) if k in known]
         if not missing:
             return
-        failed = set()
+        failed, tokens, done = set(), 0, len(requests) - len(missing)
         with self.log.writing(), tqdm(
                 desc=self.progress, disable=self.progress is None, total=len(requests),
-                initial=len(requests) - len(missing), **BAR) as bar:
+                initial=done, **BAR) as bar:
+            def count(n: int) -> None:
+                nonlocal tokens
+                tokens += n
+                bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+                bar.update(0)  # which shows it, every few seconds
+
+            self.engine.on_tokens = count
             for j, rollouts in self.engine.stream([requests[i] for i in missing], temperature):
                 self.log.append(keys[missing[j]], rollouts)
                 bar.update()
+                done += 1
                 if j < ENOUGH and rollouts[0].failed:  # as only a server's do
                     failed.add(j)
                     if len(failed) == ENOUGH and not known:
                         self.engine.stop(ValueError(f"the first {ENOUGH} requests all failed, so "
                                                     f"no others are sent: {rollouts[0].failed}"))
                 yield missing[j], rollouts
+                if done < len(requests):
+                    self.deadline.check(f"{done:,} of {len(requests):,} responses are in "
+                                        f"{self.log.path or 'no log'}")

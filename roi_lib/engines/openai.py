@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server, over plain HTTP: every try has a deadline and a largest size."""
+"""OpenAI-compatible servers, over plain HTTP: every try has a deadline and a largest size."""
 
 import asyncio
 import json
@@ -15,14 +15,8 @@ import anyio
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from roi_lib.engines.protocol import (
-    FailedTry,
-    Usage,
-    count,
-    one_line,
-    read_reply,
-    with_request,
-)
+from roi_lib.engines.pool import Pool, Server
+from roi_lib.engines.protocol import FailedTry, Usage, count, one_line, read_reply, with_request
 from roi_lib.engines.vllm import stream_seed
 from roi_lib.generation import Engine, Request, Rollout, Stream
 from roi_lib.worlds import check_choice
@@ -33,6 +27,8 @@ LONGEST_WAIT = 60.0  # seconds before a retry; a server that asks for more ends 
 class OpenAIEngine(Engine):
     """Any OpenAI-compatible server. A request that fails for good is marked; the run goes on.
 
+    Of several servers, the least busy is asked. What it loses (no connection, no reply in time,
+    5xx) another is asked at once, with the same seed; the run ends when all are left out.
     `api="completions"` sends token ids and needs ids back, as a vLLM server gives them: the count
     is exact. `api="chat"` is for servers that take messages and give text (GPT-4o-mini, DeepSeek):
     the text is encoded once with the world's tokenizer, and *these* ids are charged, after hidden
@@ -43,10 +39,11 @@ class OpenAIEngine(Engine):
         self, model: str,  # the name under which the server knows it
         tokenizer,  # the model's (completions) or the world's (chat)
         eos_ids: Sequence[int],  # token ids that end a response
-        base_url: str | None = None,  # the environment's OPENAI_BASE_URL, or OpenAI's own
+        # one or several; None: the environment's OPENAI_BASE_URL, or OpenAI's own
+        base_url: str | Sequence[str] | None = None,
         api: str = "completions",  # or "chat"
         key_variable: str = "OPENAI_API_KEY",  # of the environment: it holds the API key
-        concurrency: int = 8,  # requests under way at a time
+        concurrency: int = 8,  # requests under way at a time, per server
         retries: int = 4,  # after a time-out, 408, 409, 425, 429, 5xx, lost connection or bad reply
         timeout: float = 120.0,  # seconds before a try is given up, whatever has come
         backoff: float = 1.0,  # seconds before the first retry; doubled each time, 30 at most
@@ -55,28 +52,34 @@ class OpenAIEngine(Engine):
         check_choice("api", api, ("completions", "chat"))
         if not (concurrency >= 1 and retries >= 0 and timeout > 0):
             raise ValueError("concurrency and timeout must be above 0, and retries 0 or more")
-        self.api, self.concurrency, self.retries = api, concurrency, retries
+        self.api, self.retries = api, retries
         self.backoff, self.timeout, self.request = backoff, timeout, request
-        self.model, self.eos_ids, self.usage = model, sorted(set(eos_ids)), Usage()
+        self.model, self.eos_ids = model, sorted(set(eos_ids))
         self._encode = None if api == "completions" else lambda text: tokenizer(
             text, add_special_tokens=False, split_special_tokens=True).input_ids
         with_request({}, request)
         self._key = os.environ.get(key_variable, "").strip()
         base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         try:
-            url, self._ssl = httpx.URL(base.strip()), httpx.create_ssl_context()
-            if url.scheme not in ("http", "https") or not url.host:
+            urls = [httpx.URL(one.strip()) for one in ([base] if isinstance(base, str) else base)]
+            self._ssl = httpx.create_ssl_context()
+            if not all(url.scheme in ("http", "https") and url.host for url in urls):
                 raise ValueError("an address begins with http:// or https://")
             httpx.AsyncClient(verify=self._ssl)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ValueError(f"cannot use this address or the environment's proxy ({error}); mend "
                              "--base-url, or unset ALL_PROXY, HTTPS_PROXY, HTTP_PROXY") from error
-        if not self._key and url.host not in ("127.0.0.1", "localhost", "::1"):  # they need none
+        if not self._key and {url.host for url in urls} - {"127.0.0.1", "localhost", "::1"}:
             raise ValueError(f"the API key is read from the environment; set {key_variable}")
         if not re.fullmatch("[!-~]*", self._key):
             raise ValueError(f"{key_variable} holds characters that no API key has; copy it again")
         end = "chat/completions" if api == "chat" else "completions"
-        self._url = url.copy_with(path=f"{url.path.rstrip('/')}/{end}")
+        servers = [Server(url.copy_with(path=f"{url.path.rstrip('/')}/{end}"),
+                          str(url.copy_with(userinfo=b"", query=None))) for url in urls]
+        if len({server.url for server in servers}) < len(servers):
+            raise ValueError("--base-url names a server twice; --concurrency is for more requests")
+        self._pool = Pool(servers, concurrency)
+        self.usage = Usage(by_server={server.name: 0 for server in servers})
 
     def stop(self, error: BaseException) -> None:
         """Let `stream` ask nothing more, and raise this once what is under way has come."""
@@ -90,7 +93,8 @@ class OpenAIEngine(Engine):
         if self.api == "chat" and not all(request.message for request in requests):
             raise ValueError("a chat server begins an answer with its own words; to begin with "
                              "others, as exact policies and rules do, take --api completions")
-        self._slots, self._halt = asyncio.Semaphore(self.concurrency), asyncio.Event()
+        self._halt = asyncio.Event()
+        self._pool.begin()
         usual = signal.getsignal(signal.SIGINT)
         ours = threading.current_thread() is threading.main_thread() and callable(usual)
 
@@ -137,28 +141,40 @@ class OpenAIEngine(Engine):
             options |= {"prompt": request.prompt, "return_token_ids": True, "top_k": 0,
                         "stop_token_ids": self.eos_ids, "repetition_penalty": 1.0}
         body = json.dumps(with_request(options, self.request))
-        async with self._slots:
+        tried: list[Server] = []
+        async with self._pool.turns:
             for attempt in range(self.retries + 1):
-                if self._halt.is_set():
-                    return None
-                try:
-                    return await self._try(request, body)
-                except FailedTry as failure:
-                    reason, again, seconds = failure.args
-                except Exception:  # at once: no other request may begin a try
-                    self._halt.set()
-                    raise
+                async with self._pool.slot(tried) as server:
+                    if self._halt.is_set():
+                        return None
+                    try:
+                        return await self._try(server, request, body)
+                    except FailedTry as failure:
+                        reason, again, seconds = failure.args
+                    except Exception:  # at once: no other request may begin a try
+                        self._halt.set()
+                        raise
+                if seconds is None:
+                    self._pool.lose(server, body, reason)
                 if attempt == self.retries or not again:
                     break
                 self.usage.retries += 1  # all counts are kept in one thread: none is lost
-                with anyio.move_on_after(seconds or min(self.backoff * 2**attempt, 30.0)):
-                    await self._halt.wait()
+                tried.append(server)
+                if seconds is not None or self._pool.best(tried) in tried:
+                    with anyio.move_on_after(seconds or min(self.backoff * 2**attempt, 30.0)):
+                        await self._halt.wait()
+        if all(server.back for server in self._pool.servers):
+            self._halt.set()
+            raise ValueError(f"no server is left: {reason}; the same command later goes on from "
+                             "its --log")
         self.usage.failed += 1
         return Rollout((), False, failed=reason)
 
-    async def _try(self, request: Request, body: str) -> Rollout:
+    async def _try(self, server: Server, request: Request, body: str) -> Rollout:
         """The response of one try. `FailedTry`: none; `ValueError`: nor will others have one."""
-        got, data = await self._post(body, largest=2**19 + 100 * request.budget)
+        got, data = await self._post(server.url, body, largest=2**19 + 100 * request.budget)
+        if got.status_code < 500:  # it lives
+            server.lost, server.back = set(), 0.0
         try:
             reply = json.loads(data)
         except (ValueError, RecursionError):
@@ -176,19 +192,25 @@ class OpenAIEngine(Engine):
             excess = max(rollout.overrun, (spent or 0) - request.budget)
             self.usage.overrun += excess
             self.usage.responses += 1
+            self.usage.by_server[server.name] += 1
             return replace(rollout, overrun=excess)
         if got.status_code in (401, 402, 404) or b"insufficient_quota" in data:
-            raise ValueError(f"refused: {told}; see the API key, --model, --base-url and --api")
+            raise ValueError(f"{server.name} refuses: {told}; see the API key, --model, --base-url "
+                             "and --api")
         wait = got.headers.get("retry-after", "")  # in seconds; few servers send a date
         seconds = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
         if seconds > LONGEST_WAIT:
-            raise ValueError(f"the server asks to wait {seconds:g} s, longer than {LONGEST_WAIT:g} "
-                             f"s ({told}); the same command later goes on from its --log")
-        if got.is_success or got.status_code >= 500 or got.status_code in (408, 409, 425, 429):
+            raise ValueError(f"{server.name} asks to wait {seconds:g} s, longer than "
+                             f"{LONGEST_WAIT:g} s ({told}); the same command later goes on from "
+                             "its --log")
+        if got.status_code >= 500:  # out of order, unless it says when it will be back
+            raise FailedTry(told, True, seconds or None)
+        if got.is_success or got.status_code in (408, 409, 425, 429):
             raise FailedTry(told, True, seconds)
         raise FailedTry(f"{told}; see --request, or --api chat if it takes no token ids", False, 0)
 
-    async def _post(self, body: str, largest: int) -> tuple[httpx.Response, bytearray]:
+    async def _post(self, url: httpx.URL, body: str,
+                    largest: int) -> tuple[httpx.Response, bytearray]:
         """Status and headers, and the whole body; `FailedTry`: lost, too late or too large."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         headers |= {"authorization": f"Bearer {self._key}"} if self._key else {}
@@ -196,14 +218,14 @@ class OpenAIEngine(Engine):
         try:
             with anyio.fail_after(self.timeout):
                 async with (httpx.AsyncClient(verify=self._ssl, timeout=None) as client,
-                            client.stream("POST", self._url, content=body, headers=headers) as got):
+                            client.stream("POST", url, content=body, headers=headers) as got):
                     async for part in got.aiter_raw():
                         data += part
                         if len(data) > largest:
-                            raise FailedTry(f"the reply is larger than {largest} bytes", True, 0)
+                            raise FailedTry(f"the reply is larger than {largest} bytes", True, None)
             return got, data
         except TimeoutError:
             reason = f"no whole reply within {self.timeout:g} s"
         except httpx.HTTPError as error:
             reason = one_line(f"{type(error).__name__}: {error}", self._key)
-        raise FailedTry(reason, True, 0)
+        raise FailedTry(reason, True, None)

@@ -4,7 +4,7 @@ costs."""
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from roi_lib.generation import Rollout, within_budget
 
@@ -20,19 +20,22 @@ class Usage:
     tokens_in: int = 0  # prompt tokens, as the server counts them, in failed tries too
     tokens_out: int = 0  # response tokens, as the server counts them (hidden reasoning included)
     uncounted: int = 0  # good ones that the server did not count, so the tokenizer did
+    by_server: dict[str, int] = field(default_factory=dict, compare=False)  # address -> good ones
 
     def report(self, price_in: float = 0.0, price_out: float = 0.0) -> str:
         """One line: counts, and the cost for prices per million tokens."""
         cost = (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
         unknown = f" (true cost unknown: the server did not count {self.uncounted} responses)"
+        shares = ", ".join(f"{n} from {name}" for name, n in self.by_server.items())
         return (f"{self.responses} responses, {self.failed} failed, {self.retries} retries; "
                 f"{self.tokens_in} tokens in, {self.tokens_out} out, {self.overrun} beyond the "
                 f"budget; cost {cost:.4f} at {price_in:g} and {price_out:g} per million"
-                + unknown * bool(self.uncounted))
+                + unknown * bool(self.uncounted) + f"; {shares}" * (len(self.by_server) > 1))
 
 
 class FailedTry(Exception):
-    """A try without a response: why, whether to try again, seconds to wait (0: as usual)."""
+    """A try without a response: why, whether to try again, seconds to wait: 0 for as long as usual,
+    None if it is the server that fails, so that another, if there is one, is asked at once."""
 
 
 def with_request(options: dict, changes: Sequence[str]) -> dict:

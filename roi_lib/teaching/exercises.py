@@ -310,3 +310,23 @@ def _(rng, number):
     tried, rational = rng.random(9) < 0.5, rng.random(9) < 0.5
     return (tried.tolist(), rational.tolist()), ((tried & ~rational).mean(),
                                                  (~tried & rational).mean())
+
+
+@cases("08.1", 12, 20, "layers {0}, kv heads {1}, head size {2}, bytes {3}: keys *and* values")
+def _(rng, number):
+    sizes = [int(x) for x in rng.integers(1, 33, 3)] + [int(rng.choice([2, 4]))]
+    return sizes, 2 * np.prod(sizes)
+
+
+@cases("08.2", 13, 20, "{0} weights of {1} bytes, {2} FLOP/s, {3} bytes/s: what grows with rows?",
+       lambda got, truth: np.isclose(float(got), truth))
+def _(rng, number):
+    weights, speed, width = (int(x) for x in rng.integers(1, 1_000, 3) * 10**9)
+    size = int(rng.choice([2, 4]))
+    return (weights, size, 100 * speed, width), size * 100 * speed / (2 * width)
+
+
+@cases("08.3", 14, 20, "deviation {0}, half width {1}: an interval has 1.96 standard errors a side")
+def _(rng, number):
+    deviation, half = round(float(rng.uniform(0.2, 1)), 2), round(float(rng.uniform(0.02, 0.3)), 2)
+    return (deviation, half), int(np.ceil((1.96 * deviation / half) ** 2))

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
@@ -19,21 +21,40 @@ from transformers import ProgressCallback
 
 from roi_lib.exams import Environment
 from roi_lib.store import checkpoints, files
+from roi_lib.store.deadline import NEVER, Deadline, OutOfTime
+from roi_lib.training import costs
 from roi_lib.worlds import World
 
 
-def load_start(world: World, checkpoint: str, out: Path,
-               budgets: Sequence[int]) -> tuple[Environment, torch.nn.Module]:
-    """The environment and the float32 model that a stage starts from; `ValueError`: they do not
-    belong together or could not be saved, `out` is not ours to replace, or a prompt cannot state
-    one of the `budgets`."""
+def load_start(world: World, checkpoint: str, out: Path, budgets: Sequence[int],
+               adapters: bool = False) -> tuple[Environment, torch.nn.Module]:
+    """The environment and the model that a stage starts from, in float32, or, if only `adapters`
+    are trained, in bfloat16; `ValueError`: they do not belong together or could not be saved, `out`
+    is not ours to replace, or a prompt cannot state one of the `budgets`."""
     files.check_replaceable(out)
     env = checkpoints.load_environment(world, checkpoint)
     env.check_budget(*budgets)
-    model = checkpoints.load_model(checkpoint, "float32")
+    load = checkpoints.load_model
+    if adapters and checkpoints.base_of(checkpoint) != checkpoint:
+        load = checkpoints.load_adapters
+    model = load(checkpoint, "bfloat16" if adapters else "float32")
     checkpoints.check_tokenizer(model.config, env.tokenizer, checkpoint)
     checkpoints.check_saveable(model)
     return env, model
+
+
+def check_fits(stage: str, checkpoint: str, length: int, recipe, tiled: bool = True) -> None:
+    """Refuse, before any weights are loaded, rows of `length` tokens by a recipe of MFT or TRL that
+    this device's memory cannot hold: a `ValueError` with what would fit."""
+    config = checkpoints.load_config(checkpoint)
+    if config.model_type not in ("llama", "qwen2"):
+        return  # of others the costs are not known
+    memory = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available()
+              else psutil.virtual_memory().total)
+    need = partial(costs.training_memory, costs.read_shape(config), length, bf16=recipe.bf16,
+                   tiled=tiled)
+    costs.check_memory(stage, need, memory, rows_at_once=recipe.rows_at_once,
+                       lora_rank=recipe.lora_rank, checkpointing=recipe.checkpointing)
 
 
 @contextmanager
@@ -82,7 +103,12 @@ def check_finite(logs: dict, where: str) -> None:
 
 
 class Report(ProgressCallback):
-    """Bar, and log of `columns`, of a trainer's first process; marks whole checkpoints as whole."""
+    """Bar, and log of `columns`, of a trainer's first process; marks whole checkpoints as whole,
+    and ends the training with one after the `deadline`."""
+
+    def __init__(self, deadline: Deadline = NEVER) -> None:
+        super().__init__()
+        self.deadline = deadline
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log, without the rows that come again."""
@@ -90,6 +116,12 @@ class Report(ProgressCallback):
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps)  # on stderr, in a notebook too
             self.log = TrainingLog(Path(args.output_dir), self.columns, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """After the deadline, this step is the last one for now."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.deadline.over:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """The manifest comes last: a checkpoint without it was not written to the end."""
@@ -100,7 +132,7 @@ class Report(ProgressCallback):
 
 def run_trainer(trainer):
     """Train with a trainer of transformers, on from its newest whole checkpoint; returns the model
-    in eval mode, adapters merged. `OSError`: the disk is full."""
+    in eval mode. `OSError`: the disk is full. `OutOfTime`: see `Report`."""
     state = files.newest_complete(Path(trainer.args.output_dir), "checkpoint-")
     try:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -109,13 +141,17 @@ def run_trainer(trainer):
             raise
         raise OSError(f"{trainer.args.output_dir} could not be written ({error}); make room and "
                       "run the same command: it goes on from the last checkpoint") from error
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
+    done, steps = trainer.state.global_step, trainer.state.max_steps
+    if done < steps:
+        raise OutOfTime(f"{done:,} of {steps:,} steps are in {trainer.args.output_dir}")
+    return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 
-def lora(rank: int):
-    """Adapters of that rank on every linear layer, as peft has them; None for rank 0."""
+def lora(model, rank: int):
+    """Adapters of that rank on every linear layer, as peft has them; None for rank 0, and for a
+    model that has adapters already, which go on."""
     from peft import LoraConfig  # takes seconds, and not every training wants it
+    rank = 0 if hasattr(model, "get_base_model") else rank
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                       task_type="CAUSAL_LM") if rank else None
 
@@ -152,9 +188,11 @@ class CombinedOptimizer(torch.optim.Optimizer):
 def publish(out: Path, model, work: Path, recipe, base: str | None, documents: dict,
             measured: str, about: str, made: str) -> None:
     """Write what a run in `work` made of `base`: float32 weights, log, card with metadata for the
-    hub, JSON and CSV documents by file name; and the base's own tokenizer, if it has one."""
+    hub, JSON and CSV documents by file name; and the base's own tokenizer, if it has one. Of a
+    model with adapters these alone, in bfloat16, and which base they belong to."""
     minutes = pd.read_csv(work / "log.csv")["seconds"].iloc[-1:].sum() / 60
-    data = ModelCardData(license="mit", base_model=base, tags=["roi-reasoning"])
+    bare = checkpoints.base_of(base) if base else None
+    data = ModelCardData(license="mit", base_model=bare, tags=["roi-reasoning"])
     card = ModelCard(f"""---\n{data}\n---
 
 # {out.name}
@@ -170,9 +208,15 @@ def publish(out: Path, model, work: Path, recipe, base: str | None, documents: d
 """)
 
     def fill(folder: Path) -> None:
-        model.float().save_pretrained(folder)
-        if base and (tokenizer := checkpoints.own_tokenizer(base)):
-            tokenizer.save_pretrained(folder)  # else the heir would be read with the world's
+        if hasattr(model, "get_base_model"):
+            model.peft_config["default"].base_model_name_or_path = bare
+            model.bfloat16().save_pretrained(folder)
+            files.write_json(folder / checkpoints.BASE, {"name": bare, "sha256": (
+                checkpoints.weights_hash(model.unload(), torch.bfloat16))})
+        else:
+            model.float().save_pretrained(folder)
+            if base and (tokenizer := checkpoints.own_tokenizer(base)):
+                tokenizer.save_pretrained(folder)  # else the heir would be read with the world's
         shutil.copy(work / "log.csv", folder)
         card.save(folder / "README.md")
         for name, content in documents.items():

@@ -15,13 +15,31 @@ from roi_lib.engines import EngineConfig, LoggedEngine, RunLog, engine_for
 from roi_lib.evaluation import rates
 from roi_lib.exams import Environment, draw_papers, in_orders
 from roi_lib.generation import Engine
+from roi_lib.problems import Problem, problem_stream
 from roi_lib.sitting import sit
 from roi_lib.store.checkpoints import model_hash
+from roi_lib.store.deadline import NEVER, Deadline
 from roi_lib.store.sources import load_pool
 from roi_lib.training import common
 from roi_lib.worlds import ORDERS, TIERS, MFTRecipe, World
 
 IGNORED = -100  # label of a token that is not learned (torch's cross-entropy)
+
+
+def training_problems(world: World, count: int, seed: int = 0,
+                      pool: Sequence[Problem] | None = None) -> list[Problem]:
+    """Up to `count` different training problems a tier; all of a smaller pool."""
+    drawn = []
+    for tier in TIERS:
+        found: dict[str, Problem] = {}
+        repeats = 0
+        for problem in problem_stream(world, tier, "train", seed, pool):
+            repeats += problem.id in found
+            found.setdefault(problem.id, problem)
+            if len(found) == count or repeats > len(found):
+                break
+        drawn += found.values()
+    return drawn
 
 
 def as_dataset(rows: Sequence[mft.Row]) -> Dataset:
@@ -74,8 +92,9 @@ class DevLog(common.Report):
     columns = ("step", "loss", "rate", "tag_accuracy", *(f"tag_{tier}" for tier in TIERS),
                "skip_rate", "skip_hard", "answer_accuracy", "seconds")
 
-    def __init__(self, env: Environment, recipe: MFTRecipe, pool=None) -> None:
-        super().__init__()
+    def __init__(self, env: Environment, recipe: MFTRecipe, pool=None,
+                 deadline: Deadline = NEVER) -> None:
+        super().__init__(deadline)
         papers = draw_papers(env.world, recipe.dev_exams, 3, "train", recipe.seed + 1_000, pool)
         self.env, self.recipe = env, recipe
         self.exams = in_orders(papers, ORDERS, recipe.seed)
@@ -101,9 +120,9 @@ class DevLog(common.Report):
 
 
 def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecipe, work: Path,
-              pool=None):
+              pool=None, deadline: Deadline = NEVER):
     """Train on the rows in their order, on from the newest whole checkpoint in `work`, and keep
-    `log.csv` there; returns the model, adapters merged. `FloatingPointError`: see `DevLog`."""
+    `log.csv` there; returns the model. `FloatingPointError`: see `DevLog`; `OutOfTime`."""
     if not rows:  # no steps
         common.TrainingLog(work, DevLog.columns)
         return model
@@ -120,12 +139,13 @@ def fine_tune(env: Environment, model, rows: Sequence[mft.Row], recipe: MFTRecip
         weight_decay=0.0, max_grad_norm=1.0, packing=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
         gradient_checkpointing=recipe.checkpointing, logging_steps=recipe.log_every,
-        save_steps=recipe.save_every, save_total_limit=2, report_to="none", disable_tqdm=True,
+        save_steps=recipe.save_every, save_total_limit=2, disable_tqdm=True,
+        report_to=recipe.report_to,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
     trainer = (SFTTrainer if recipe.tag_weight == 1 else TagTrainer)(
         model, config, train_dataset=as_dataset(rows), processing_class=env.tokenizer,
-        peft_config=common.lora(recipe.lora_rank), callbacks=[DevLog(env, recipe, pool)],
-        optimizers=(optimizer, None))
+        peft_config=common.lora(model, recipe.lora_rank),
+        callbacks=[DevLog(env, recipe, pool, deadline)], optimizers=(optimizer, None))
     trainer.token_weights = token_weights(env, recipe)
     trainer.remove_callback(PrinterCallback)  # it prints what the log holds
     return common.run_trainer(trainer)
@@ -197,12 +217,16 @@ answers, skips, and what {calibration["samples"]} samples of the base refuse (`c
 
 
 def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint: str | None = None,
-              engine: str = "torch", root: Path | None = None) -> None:
+              engine: str = "torch", root: Path | None = None,
+              deadline: Deadline = NEVER) -> None:
     """The whole stage, from `checkpoint` (the world's base) to one in `out`. `work` keeps samples,
     log and states, and a run found there goes on. `engine` samples the answers; `root` is the
-    datasets' folder. Errors: see `common.load_start`, `common.run_folder`, and `fine_tune`."""
+    datasets' folder. Errors: see `common.load_start`, `common.run_folder`, and `fine_tune`;
+    `OutOfTime` at the first checkpoint after the deadline."""
     checkpoint = checkpoint or world.method("base").checkpoint
-    env, model = common.load_start(world, checkpoint, out, recipe.budgets)
+    common.check_fits("MFT", checkpoint, recipe.max_length, recipe, recipe.tag_weight == 1)
+    env, model = common.load_start(world, checkpoint, out, recipe.budgets,
+                                   recipe.lora_rank > 0 and recipe.bf16)
     mft.tag_tokens(env)
     token_weights(env, recipe)
     pool = load_pool(world, "train", root)
@@ -213,13 +237,14 @@ def train_mft(world: World, out: Path, work: Path, recipe: MFTRecipe, checkpoint
         base = EngineConfig(engine).make(checkpoint, env.tokenizer, "auto")  # its own dtype
         log = RunLog(work / "samples.jsonl", {"world": world.name, "model": start, "method":
                                               "rejection sampling", "seed": recipe.seed})
-        problems = mft.training_problems(world, recipe.problems, recipe.seed, pool)
-        samples = mft.rejection_sample(env, LoggedEngine(base, log, "rejection sampling"),
-                                       problems, recipe.samples, recipe.seed, recipe.styles)
+        problems = training_problems(world, recipe.problems, recipe.seed, pool)
+        sampler = LoggedEngine(base, log, "rejection sampling", deadline)
+        samples = mft.rejection_sample(env, sampler, problems, recipe.samples, recipe.seed,
+                                       recipe.styles, recipe.temperature)
         targets = [mft.align(world, *pair, recipe.target)
                    for pair in zip(problems, samples, strict=True)]
         rows = mft.curriculum(env, problems, samples, recipe)
-        model = fine_tune(env, model, rows, recipe, work, pool)
+        model = fine_tune(env, model, rows, recipe, work, pool, deadline)
         documents = {"labels.json": label_statistics(targets)}
         if papers:
             model = model.to(base.model.dtype) if engine == "torch" else model

@@ -19,6 +19,7 @@ from roi_lib.generation import TorchEngine
 from roi_lib.rarl import STYLE, completion_logprobs, exam_rewards, pad_right, train_step
 from roi_lib.sitting import points, responses, sit
 from roi_lib.store import checkpoints
+from roi_lib.store.deadline import NEVER, Deadline, OutOfTime
 from roi_lib.store.files import newest_complete
 from roi_lib.store.sources import load_pool
 from roi_lib.training import common
@@ -91,10 +92,10 @@ def logprob_gap(model, engine: TorchEngine, group: pd.DataFrame, temperature: fl
 
 
 def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
-          on_step: Callable[[dict], None] | None = None):
+          on_step: Callable[[dict], None] | None = None, deadline: Deadline = NEVER):
     """Train `model` in place, and return it; `work` keeps states and `log.csv`, and a run found
-    there goes on. `on_step` gets each row of the log. `ValueError`: see
-    `common.run_folder`. `FloatingPointError`: NaN or infinite logits, loss or gradient."""
+    there goes on. `on_step` gets each row of the log. `ValueError`: see `common.run_folder`.
+    `FloatingPointError`: NaN or infinite logits, loss or gradient. `OutOfTime`: the deadline."""
     model.eval()  # dropout would put sampler and trainer out of step
     model.get_input_embeddings().requires_grad_(False)  # numbers keep their neighbours
     with common.run_folder(work, recipe, env.world, start=checkpoints.weights_hash(model)):
@@ -114,14 +115,18 @@ def train(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
             log.append({"step": done, **describe(table, recipe.budgets), **learned,
                         "logprob_gap": gap})
             bar.set_postfix({name: log.rows[-1][name] for name in SHOWN})
-            if done % recipe.save_every == 0 or done == recipe.steps:
+            stop = deadline.over and done < recipe.steps
+            if done % recipe.save_every == 0 or done == recipe.steps or stop:
                 checkpoints.save_step(work, model, [optimizer], {"step": done})
             if on_step:
                 on_step(log.rows[-1])
+            if stop:
+                raise OutOfTime(f"{done:,} of {recipe.steps:,} steps are in {work}")
     return model
 
 
-def measure(env: Environment, model, papers: list[tuple], name: str, logs: Path) -> pd.DataFrame:
+def measure(env: Environment, model, papers: list[tuple], name: str, logs: Path,
+            deadline: Deadline = NEVER) -> pd.DataFrame:
     """Score, Regret, skips and right tags of a model: a row an order and budget of its world.
     `logs/NAME.jsonl` keeps the responses; `ValueError` where it is of another run."""
     world, records = env.world, []
@@ -129,39 +134,47 @@ def measure(env: Environment, model, papers: list[tuple], name: str, logs: Path)
         model = copy.deepcopy(model).to(getattr(torch, world.dtype))
     run = {"world": world.name, "model": checkpoints.weights_hash(model), "seed": PAPERS_SEED}
     engine = LoggedEngine(engine_for(model, env.tokenizer), RunLog(logs / f"{name}.jsonl", run),
-                          f"exams of {name}")
+                          f"exams of {name}", deadline)
+    exams = [exam for order in ORDERS for exam in in_orders(papers, [order], PAPERS_SEED)]
     for budget in world.budgets:
-        tables = {order: sit(env, engine, in_orders(papers, [order], PAPERS_SEED), budget,
-                             style=STYLE, seed=PAPERS_SEED) for order in ORDERS}
-        for order, table in tables.items():
+        table = sit(env, engine, exams, budget, style=STYLE, seed=PAPERS_SEED,
+                    streams=[(i,) for _ in ORDERS for i in range(len(papers))])
+        table["exam"] %= len(papers)  # the paper's number, in every order
+        own = {order: table[table["order"] == order] for order in ORDERS}
+        for order in ORDERS:
             records.append({"method": name, "order": order, "budget": budget,
                             "n_exams": len(papers), "seed": PAPERS_SEED}
-                           | summarize(table, tables["easy"], PAPERS_SEED)
-                           | pd.Series(rates(table))[RATES].to_dict())
+                           | summarize(own[order], own["easy"], PAPERS_SEED)
+                           | pd.Series(rates(own[order]))[RATES].to_dict())
     return pd.DataFrame(records)
 
 
 def train_rarl(world: World, out: Path, work: Path, recipe: RARLRecipe,
                checkpoint: str | None = None, n_papers: int = 2_000, engine: str = "torch",
-               vllm_url: str | None = None, root: Path | None = None) -> None:
+               vllm_url: str | None = None, root: Path | None = None,
+               deadline: Deadline = NEVER) -> None:
     """The whole stage, from `checkpoint` (the world's MFT model) to one in `out`, measured on
     `n_papers` unseen papers; a run found in `work` goes on. `engine` and `vllm_url`: see
-    `trl.make_trainer`; `root`: the datasets' folder. `ValueError`: see `common.load_start`."""
+    `trl.make_trainer`; `root`: the datasets' folder. `ValueError`: see `common.load_start`.
+    `OutOfTime` at the first checkpoint after the deadline."""
     checkpoint = checkpoint or world.method("mft").checkpoint
     if recipe.trl is None and engine != "torch":
         raise ValueError(f"engine {engine!r} needs TRL's trainer, and the recipe does not use it")
-    env, model = common.load_start(world, checkpoint, out, recipe.budgets)
+    if recipe.trl:  # a prompt has as many tokens as its budget, or fewer
+        common.check_fits("RARL", checkpoint, 2 * max(recipe.budgets), recipe.trl)
+    env, model = common.load_start(world, checkpoint, out, recipe.budgets, bool(
+        recipe.trl and recipe.trl.lora_rank and recipe.trl.bf16))
     pool = load_pool(world, "train", root)
     if recipe.trl and recipe.steps:
         from roi_lib.training import trl  # takes seconds, and only large models need it
-        model = trl.train(env, model, recipe, work, pool, engine, vllm_url)
+        model = trl.train(env, model, recipe, work, pool, engine, vllm_url, deadline)
     else:
-        model = train(env, model, recipe, work, pool)
+        model = train(env, model, recipe, work, pool, deadline=deadline)
     if int(os.environ.get("RANK", "0")) > 0:
         return  # of several processes, the first does the rest
     papers = draw_papers(world, n_papers, seed=PAPERS_SEED, pool=load_pool(world, "test", root))
-    start = checkpoints.load_model(checkpoint, "float32").to(model.device)
-    records = pd.concat([measure(env, some, papers, name, work / "exams")
+    start = checkpoints.load_model(checkpoint, "auto").to(model.device)
+    records = pd.concat([measure(env, some, papers, name, work / "exams", deadline)
                          for name, some in (("start", start), ("rarl", model))])
     common.publish(
         out, model, work, recipe, checkpoint, {"exam.csv": records},

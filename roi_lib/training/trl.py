@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -19,6 +18,7 @@ from roi_lib.generation import Engine, Request, Stream, all_eos_ids, within_budg
 from roi_lib.rarl import STYLE, exam_rewards, roll_out, training_exams
 from roi_lib.sitting import responses
 from roi_lib.store.checkpoints import weights_hash
+from roi_lib.store.deadline import NEVER, Deadline
 from roi_lib.training import common
 from roi_lib.training.rarl import COLUMNS, SHOWN, check_gap, describe
 from roi_lib.worlds import RARLRecipe, check_choice
@@ -49,7 +49,7 @@ def grpo_config(recipe: RARLRecipe, work: Path, engine: str = "torch",
         max_grad_norm=recipe.max_grad_norm, bf16=trl.bf16, ddp_find_unused_parameters=False,
         gradient_checkpointing=trl.checkpointing, logging_steps=1, disable_tqdm=True,
         logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of the others
-        save_steps=recipe.save_every, save_total_limit=2, report_to="none",
+        save_steps=recipe.save_every, save_total_limit=2, report_to=trl.report_to,
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
         use_vllm=engine != "torch", vllm_mode="server" if engine == "server" else "colocate",
         vllm_server_base_url=vllm_url, vllm_gpu_memory_utilization=trl.vllm_memory,
@@ -97,9 +97,8 @@ class ExamRollouts:
                              "the trainer those of the same recipe, not shuffled")
         numbers, words = [messages.index(message) for message in own], self.env.tokenizer
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        engine = engine_for(base, words) if not trainer.use_vllm else TrainerVLLM(
-            trainer, all_eos_ids(base.generation_config, words))
+        engine = engine_for(model, words) if not trainer.use_vllm else TrainerVLLM(
+            trainer, all_eos_ids(model.generation_config, words))
         table = roll_out(self.env, engine, [exams[i] for i in numbers],
                          [budgets[i] for i in numbers], self.recipe, step, numbers)
         model.train()
@@ -118,8 +117,8 @@ class StepReport(common.Report):
 
     columns = list(COLUMNS)
 
-    def __init__(self, rollouts: ExamRollouts) -> None:
-        super().__init__()
+    def __init__(self, rollouts: ExamRollouts, deadline: Deadline = NEVER) -> None:
+        super().__init__(deadline)
         self.rollouts = rollouts
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -138,7 +137,8 @@ class StepReport(common.Report):
 
 
 def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=None,
-                 engine: str = "torch", vllm_url: str | None = None) -> GRPOTrainer:
+                 engine: str = "torch", vllm_url: str | None = None,
+                 deadline: Deadline = NEVER) -> GRPOTrainer:
     """A trainer that does what `training.rarl.train` does, with TRL's update. Who samples: our
     `engine` torch; TRL's vLLM, colocate or server (a running `trl vllm-serve` at `vllm_url`)."""
     def exam_reward(reward, **kwargs) -> list[float | None]:
@@ -150,8 +150,8 @@ def make_trainer(env: Environment, model, recipe: RARLRecipe, work: Path, pool=N
     trainer = GRPOTrainer(
         model, exam_reward, grpo_config(recipe, work, engine, vllm_url),
         train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=env.tokenizer,
-        rollout_func=rollouts, peft_config=common.lora(recipe.trl.lora_rank),
-        callbacks=[StepReport(rollouts)])
+        rollout_func=rollouts, peft_config=common.lora(model, recipe.trl.lora_rank),
+        callbacks=[StepReport(rollouts, deadline)])
     trainer.remove_callback(PrinterCallback)  # it prints what the log holds
     return trainer
 
