@@ -109,6 +109,8 @@ def test_options_reach_the_stages_of_training(run, monkeypatch):
         assert (got[-1][0], *map(str, got[-1][1:3]), got[-1][3].seed) == (POCKET, "o", "w", 3)
     run("train rarl --budgets 16,24 --steps 7 --world paper")
     assert got[-1][3] == replace(worlds.PAPER.rarl, budgets=(16, 24), steps=7)
+    run("train rarl --world small --rows-at-once 4 --report-to wandb")  # those of TRL as well
+    assert got[-1][3].trl == replace(worlds.SMALL.rarl.trl, rows_at_once=4, report_to="wandb")
     run("train ablations --variants mft,grpo --steps 7 --out a.csv")
     assert got[-1][1].steps == 7 and got[-1][4] == ("mft", "grpo")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
 from transformers import ProgressCallback
@@ -120,7 +121,8 @@ class Report(ProgressCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """After the deadline, this step is the last one for now."""
         super().on_step_end(args, state, control, **kwargs)
-        if self.deadline.over:
+        (over,) = broadcast_object_list([self.deadline.over])  # all processes stop at one step
+        if over:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
